@@ -1,0 +1,166 @@
+"""What a user asks and what a model answers: the values both ends pass around. Frozen, and valid once they exist.
+
+Every HTTP surface turns its own JSON into a `ChatRequest` and turns `Delta`s back; the wire carries the same values.
+Anything that answers a request is an `Answer`: the edge's Agent, each of its backends, the cloud's engine.
+"""
+
+import math
+from collections.abc import AsyncGenerator
+from typing import Literal, Protocol
+
+import msgspec
+
+from shared.errors import BadRequest
+
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "cancelled"]
+Target = Literal["edge", "cloud"]
+Label = Literal["free", "edge_only"]
+"""`edge_only`: not one byte of this request may leave the device."""
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_TOP_LOGPROBS = 20
+MAX_MESSAGES = 4096
+MAX_OUTPUT_TOKENS = 1 << 20
+SEED_BITS = 63
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    role: Role
+    content: str
+    name: str | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the next token is picked. Applied in this order: penalties, temperature, top-k, top-p, min-p.
+
+    `temperature` 0 means greedy: the argmax of the raw logits (after penalties). `top_k` 0, `top_p` 1 and `min_p` 0 are
+    off. `logprobs` None is off, k >= 0 asks for each chosen token's log probability and the k likeliest alternatives.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0, 2)
+        _in_range("top_p", self.top_p, 0, 1, open_low=True)
+        _in_range("top_k", self.top_k, 0, 1 << 20)
+        _in_range("min_p", self.min_p, 0, 1)
+        _in_range("presence_penalty", self.presence_penalty, -2, 2)
+        _in_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _in_range("repetition_penalty", self.repetition_penalty, 0, 10, open_low=True)
+        _in_range("seed", self.seed, -(1 << SEED_BITS), (1 << SEED_BITS) - 1)
+        _in_range("max_tokens", self.max_tokens, 1, MAX_OUTPUT_TOKENS)
+        _in_range("top_logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if len(self.stop) > MAX_STOPS:
+            raise BadRequest(f"at most {MAX_STOPS} stop strings, got {len(self.stop)}", param="stop")
+        if any(not 0 < len(text) <= MAX_STOP_CHARS for text in self.stop):
+            raise BadRequest(f"each stop string must have 1 to {MAX_STOP_CHARS} characters", param="stop")
+
+
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One request, from any surface. Exactly one of `messages` (chat) and `prompt` (raw text, no template) is given.
+
+    `id` is chosen by the client and is the idempotency key of the wire: the same id and body never run twice.
+    """
+
+    id: str
+    model: str
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    sampling: Sampling = Sampling()
+    label: Label = "free"
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.id) <= 128 or not self.id.isascii() or not self.id.isprintable():
+            raise BadRequest("request id must be 1 to 128 printable ASCII characters", param="id")
+        if not 0 < len(self.model) <= 256:
+            raise BadRequest("model must have 1 to 256 characters", param="model")
+        if (self.prompt is None) == (not self.messages):
+            raise BadRequest("give either a prompt or at least one message", param="messages")
+        if self.prompt == "":
+            raise BadRequest("prompt must not be empty", param="prompt")
+        if len(self.messages) > MAX_MESSAGES:
+            raise BadRequest(f"at most {MAX_MESSAGES} messages", param="messages")
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] = ()
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One generated token's log probability (natural log, after penalties, before temperature) and its rivals'."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] = ()
+    top: tuple[TopLogprob, ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt's tokens, how many came from a prefix cache."""
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who serves a request and why: what `x-causeway-route`, `-reason` and `-failovers` say."""
+
+    target: Target
+    reason: str
+    failovers: int = 0
+    model: str = ""
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One piece of an answer. The last one of a stream, and only it, has `finish_reason` and `usage`.
+
+    `tokens` counts the model's tokens behind `text` (0 while text is held back for a stop string or half a character).
+    `route` is set by the Agent on the first and the last delta.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    route: Route | None = None
+
+
+class Answer(Protocol):
+    """The one seam of Causeway: a request in, deltas out.
+
+    Raises CausewayError, before the first delta or between two. A generator that is closed (`aclose`) or whose task is
+    cancelled stops costing compute within 2 s. A stream that ends without an error has had its last delta.
+    """
+
+    def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]: ...
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a surface says about a model it serves. `context_length` in tokens, prompt and output together."""
+
+    id: str
+    context_length: int
+    owned_by: str = "causeway"
+
+
+def _in_range(name: str, value: float | None, low: float, high: float, *, open_low: bool = False) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+        raise BadRequest(f"{name} must be {'over' if open_low else 'at least'} {low} and at most {high}", param=name)
