@@ -26,6 +26,13 @@ MAX_OUTPUT_TOKENS = 1 << 20
 SEED_BITS = 63
 
 
+def _in_range(name: str, value: float | None, low: float, high: float, *, open_low: bool = False) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+        raise BadRequest(f"{name} must be {'over' if open_low else 'at least'} {low} and at most {high}", param=name)
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     role: Role
     content: str
@@ -157,10 +164,3 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     context_length: int
     owned_by: str = "causeway"
-
-
-def _in_range(name: str, value: float | None, low: float, high: float, *, open_low: bool = False) -> None:
-    if value is None:
-        return
-    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
-        raise BadRequest(f"{name} must be {'over' if open_low else 'at least'} {low} and at most {high}", param=name)
