@@ -55,7 +55,7 @@ format: install  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 bench: model  ## side-by-side measurements; takes minutes, wants a quiet machine
-	@$(BIN)/python -m tests.benchmarks
+	@PYTHONPATH=deploy $(BIN)/python -m tests.benchmarks
 
 clean:  ## remove the environment and what tools left behind
 	@rm -rf .venv .run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -1,0 +1,45 @@
+"""`make bench`: what is promised about speed, measured side by side in one run. One JSON object a line.
+
+    PYTHONPATH=deploy python -m tests.benchmarks [edge] [link] [engine] [--rounds N] [--model FILE.gguf]
+
+Ratios are taken round by round between runs that alternate, and quoted as median with the range: absolute numbers of a
+shared machine drift, their ratios much less. What was measured where is kept in RESULTS.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from shared.models import default_store, resolve
+from tests.benchmarks import edge, engine, link
+
+SUITES = {"edge": edge.measure, "link": link.measure, "engine": engine.measure}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range of a sample, to four significant places."""
+    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in figures.items()}
+
+
+def show(rows: Iterable[tuple[str, Sequence[float]]]) -> None:
+    for name, values in rows:
+        print(json.dumps({"bench": name, "rounds": len(values), **spread(values)}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], default=[])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="smollm2:135m")
+    args = parser.parse_args()
+    model = resolve(args.model, store=default_store(os.environ, Path.home()))
+    for name in args.suites or SUITES:
+        show(SUITES[name](model, args.rounds))
+
+
+if __name__ == "__main__":
+    main()
