@@ -1,0 +1,58 @@
+"""What an engine is built with: one frozen value, and the pure function that fills in what was left to the machine."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of one engine. Zero means "choose for me" where the docstring says so; `resolve` then picks a number.
+
+    model_len: tokens of one sequence, prompt and output together (0: the model's own, or what the blocks hold).
+    num_blocks: blocks in the KV tensors, the null block included (0: as many as `kv_bytes` holds).
+    max_num_batched_tokens: the budget of one step (0: 256 on a CPU, 4096 elsewhere). It bounds the gap between two
+        tokens of everybody else while a long prompt is prefilled.
+    max_waiting: requests that may queue before `Overloaded`.
+    """
+
+    model_len: int = 0
+    block_size: int = 16
+    num_blocks: int = 0
+    kv_bytes: int = 1 << 30
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 0
+    max_waiting: int = 256
+    prefix_caching: bool = True
+    dtype: DType = "float32"
+    device: str = "cpu"
+
+    @property
+    def kv_tokens(self) -> int:
+        """How many tokens the pool can hold; block 0 holds nobody's."""
+        return (self.num_blocks - 1) * self.block_size
+
+    def checked(self) -> "EngineConfig":
+        """This config, or ValueError naming the limit that cannot be kept."""
+        if min(self.block_size, self.max_num_seqs, self.max_waiting) < 1 or self.num_blocks < 2:
+            raise ValueError("block_size, max_num_seqs and max_waiting must be at least 1, num_blocks at least 2")
+        if not 2 <= self.model_len <= self.kv_tokens:
+            raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs: a step serves every running sequence")
+        return self
+
+
+def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> EngineConfig:
+    """Fill in every zero from the model's own context length and the bytes that one token's keys and values take."""
+    num_blocks = config.num_blocks or 1 + config.kv_bytes // (token_bytes * config.block_size)
+    held = (num_blocks - 1) * config.block_size
+    budget = config.max_num_batched_tokens or (256 if config.device == "cpu" else 4096)
+    return replace(
+        config,
+        num_blocks=num_blocks,
+        model_len=min(config.model_len or held, model_len, held) if not config.model_len else config.model_len,
+        max_num_batched_tokens=max(budget, config.max_num_seqs) if not config.max_num_batched_tokens else budget,
+    ).checked()

@@ -1,0 +1,189 @@
+"""Who computes what in the next step: one token budget for prefill chunks and decodes together.
+
+The running sequences go first, in order of admission, then the waiting ones, first come first served. Decodes are in
+front of every prefill that was admitted later, so a long prompt delays them by one step at most. When blocks run out, the
+sequence admitted last gives its blocks back and waits at the front of the queue, to be recomputed (its output is kept).
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cloud_engine.engine.blocks import BlockPool
+from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.sequence import Ending, Sequence, State
+from shared.errors import ContextTooLong, Overloaded, RequestConflict
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute `count` tokens of a sequence, from position `start` on; sample the next one if that reaches the end."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    chunks: int = 0
+    """Steps of a sequence that computed a part of what it lacked."""
+
+
+class Scheduler:
+    """State machine of all sequences. Not thread-safe: the engine's one thread owns it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config.checked()
+        self.pool = BlockPool(config.num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.live: dict[str, Sequence] = {}
+        self.counters = Counters()
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises ContextTooLong for one that can never fit, Overloaded when the queue is full."""
+        limit, wanted = self.config.model_len, sequence.num_prompt + sequence.max_tokens
+        if sequence.id in self.live:
+            raise RequestConflict("a request with this id is running", param="id")
+        if sequence.num_prompt >= limit:
+            raise ContextTooLong(
+                f"the prompt has {sequence.num_prompt} tokens; with at least one token of output that is over the "
+                f"context length of {limit}",
+                param="messages",
+            )
+        if wanted > limit:
+            raise ContextTooLong(
+                f"the prompt's {sequence.num_prompt} tokens and max_tokens {sequence.max_tokens} make {wanted}, "
+                f"over the context length of {limit}",
+                param="max_tokens",
+            )
+        if len(self.waiting) >= self.config.max_waiting:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after=1.0)
+        self.live[sequence.id] = sequence
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Work]:
+        """Pick the next step and count it as computed: whoever calls this runs it before calling again."""
+        budget = self.config.max_num_batched_tokens
+        work: list[Work] = []
+        preempted = self.counters.preemptions
+        while budget and len(work) < len(self.running):
+            sequence = self.running[len(work)]
+            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            if not self._extend(sequence, count):
+                break
+            work.append(self._advance(sequence, count))
+            budget -= count
+        while budget and self.waiting and self.counters.preemptions == preempted:
+            if len(self.running) >= self.config.max_num_seqs or not self._admit(self.waiting[0]):
+                break
+            sequence = self.running[-1]
+            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            work.append(self._advance(sequence, count))
+            budget -= count
+        return work
+
+    def settle(self, work: Iterable[Work], tokens: Iterable[int]) -> None:
+        """Append the step's sampled tokens, one for each work that samples, and retire what they finish.
+        A negative token says that the model gave no usable logits; one for a sequence that ended meanwhile is dropped."""
+        for item, token in zip((item for item in work if item.samples), tokens, strict=True):
+            if item.sequence.state is State.FINISHED:
+                continue
+            ending = item.sequence.append(token) if token >= 0 else "error"
+            if ending is not None:
+                self.finish(item.sequence, ending)
+
+    def abort(self, sequence_id: str) -> bool:
+        """End a sequence in whatever state it is; False if there is none of this id any more."""
+        sequence = self.live.get(sequence_id)
+        return sequence is not None and self.finish(sequence, "cancelled")
+
+    def finish(self, sequence: Sequence, ending: Ending) -> bool:
+        """The one way out: retire a sequence and give its blocks back, once."""
+        was = sequence.state
+        if not sequence.finish(ending):
+            return False
+        del self.live[sequence.id]
+        if was is State.RUNNING:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        return True
+
+    def _advance(self, sequence: Sequence, count: int) -> Work:
+        start = sequence.num_computed
+        sequence.num_computed += count
+        samples = sequence.num_computed == sequence.num_tokens
+        self.counters.chunks += not samples
+        if self.config.prefix_caching:
+            self._publish(sequence)
+        return Work(sequence, start, count, samples)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the blocks that this step fills findable at once, for sequences of the same step too. That is sound
+        because attention writes every key and value of a layer before it reads any."""
+        full = sequence.num_computed // self.config.block_size
+        hashes = sequence.hashes(full, self.config.block_size)
+        for index in range(sequence.num_published, full):
+            self.pool.publish(sequence.block_table[index], hashes[index])
+        sequence.num_published = full
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _extend(self, sequence: Sequence, count: int) -> bool:
+        """Blocks for `count` more tokens of a running sequence; preempts from the back, in the end itself (False).
+        Those at the back come later in this step, so a preempted one is never part of it yet."""
+        lacking = self._blocks_for(sequence.num_computed + count) - len(sequence.block_table)
+        while lacking > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if lacking > 0:
+            sequence.block_table += self.pool.take([], lacking) or []
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self.pool.release(victim.block_table)
+        victim.reset()
+        self.waiting.appendleft(victim)
+        self.counters.preemptions += 1
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence the blocks of all its tokens, or none. Holding back while the whole does not fit, or
+        would leave the running ones no block each to grow into, is what keeps a full pool from thrashing."""
+        hit: list[int] = []
+        if self.config.prefix_caching:
+            # One token at least is computed, or there would be no logits to sample from.
+            usable = (sequence.num_tokens - 1) // self.config.block_size
+            hit = self.pool.lookup(sequence.hashes(usable, self.config.block_size))
+        new = self._blocks_for(sequence.num_tokens) - len(hit)
+        table = self.pool.take(hit, new, spare=len(self.running))
+        if table is None:
+            return False
+        self.waiting.popleft()
+        self.running.append(sequence)
+        self._count_hit(sequence, len(hit) * self.config.block_size)
+        sequence.block_table = table
+        sequence.num_computed = len(hit) * self.config.block_size
+        sequence.num_published = len(hit)
+        sequence.state = State.RUNNING
+        return True
+
+    def _count_hit(self, sequence: Sequence, tokens: int) -> None:
+        """Hits count once a request: a preempted one finding its own blocks again is no gain."""
+        if sequence.state is State.WAITING and self.config.prefix_caching:
+            sequence.num_cached = tokens
+            self.counters.prefix_hit_tokens += tokens
+            self.counters.prefix_query_tokens += sequence.num_prompt

@@ -1,0 +1,91 @@
+"""One request inside the engine: its tokens, how many of them are computed, and which blocks hold them."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from cloud_engine.engine.blocks import chain_hash
+from shared.schemas import Sampling
+
+Ending = Literal["stop", "length", "cancelled", "error"]
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Mutable state of one request; the scheduler owns it and nobody else changes it.
+
+    `tokens` is the prompt followed by the output. Tokens before `num_computed` have their keys and values in the blocks
+    of `block_table` (token i in slot `block_table[i // block_size] * block_size + i % block_size`). A sequence is one
+    token behind while it decodes and further behind while it prefills; there is no other notion of a phase.
+    """
+
+    id: str
+    tokens: list[int]
+    sampling: Sampling
+    max_tokens: int
+    seed: int
+    stop_ids: frozenset[int]
+    root: bytes
+    """Root of the prefix chain: sequences share blocks only under the same root."""
+
+    num_prompt: int = field(init=False)
+    num_computed: int = 0
+    num_cached: int = 0
+    """Prompt tokens found in the prefix cache when it was first admitted."""
+    preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    state: State = State.WAITING
+    ending: Ending | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    def hashes(self, count: int, block_size: int) -> list[bytes]:
+        """Chained hashes of the first `count` blocks, each full. Tokens never change, so each is computed once."""
+        while len(self.block_hashes) < count:
+            start = len(self.block_hashes) * block_size
+            parent = self.block_hashes[-1] if self.block_hashes else self.root
+            self.block_hashes.append(chain_hash(parent, self.tokens[start : start + block_size]))
+        return self.block_hashes[:count]
+
+    def append(self, token: int) -> Ending | None:
+        """Take a sampled token; say whether it ended the sequence."""
+        self.tokens.append(token)
+        if token in self.stop_ids and not self.sampling.ignore_eos:
+            return "stop"
+        return "length" if self.num_output >= self.max_tokens else None
+
+    def reset(self) -> None:
+        """Forget what was computed (the blocks are gone), keep every token: recomputing gives the same state."""
+        self.block_table = []
+        self.num_computed = self.num_published = 0
+        self.state = State.PREEMPTED
+        self.preemptions += 1
+
+    def finish(self, ending: Ending) -> bool:
+        """End once; False if it had ended already. The first ending stands."""
+        if self.state is State.FINISHED:
+            return False
+        self.state, self.ending = State.FINISHED, ending
+        return True

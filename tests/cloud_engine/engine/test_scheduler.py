@@ -1,0 +1,349 @@
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloud_engine.engine.blocks import NULL_BLOCK, chain_root
+from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.scheduler import Scheduler, Work
+from cloud_engine.engine.sequence import Sequence, State
+from shared.errors import ContextTooLong, Overloaded, RequestConflict
+from shared.schemas import Sampling
+
+EOS = 7
+
+
+def config(**changes) -> EngineConfig:
+    values = {"model_len": 64, "block_size": 4, "num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 16}
+    return EngineConfig(**(values | changes))
+
+
+def sequence(name: str, prompt: list[int], max_tokens: int = 4, root: bytes = chain_root("")) -> Sequence:
+    return Sequence(
+        id=name,
+        tokens=list(prompt),
+        sampling=Sampling(),
+        max_tokens=max_tokens,
+        seed=0,
+        stop_ids=frozenset({EOS}),
+        root=root,
+    )
+
+
+def check_pool(scheduler: Scheduler) -> None:
+    """Every rule that holds between two steps."""
+    pool, limits = scheduler.pool, scheduler.config
+    held = Counter(block for seq in scheduler.live.values() for block in seq.block_table)
+    assert len(pool.free) + len(held) == pool.num_blocks - 1
+    assert all(pool.references[block] == held[block] for block in range(1, pool.num_blocks))
+    assert NULL_BLOCK not in held
+    assert NULL_BLOCK not in pool.free
+    assert not set(pool.free) & set(held)
+    for block, count in held.items():
+        assert count == 1 or pool.hashes[block] is not None
+    assert {block: key for key, block in pool.published.items()} == {
+        block: key for block, key in enumerate(pool.hashes) if key is not None
+    }
+    assert len(scheduler.running) <= limits.max_num_seqs
+    assert set(scheduler.running) | set(scheduler.waiting) == set(scheduler.live.values())
+    for seq in scheduler.live.values():
+        assert seq.num_computed <= seq.num_tokens <= limits.model_len
+        assert seq.num_published * limits.block_size <= seq.num_computed
+        assert len(seq.block_table) == len(set(seq.block_table))
+        assert len(seq.block_table) * limits.block_size >= seq.num_computed
+        assert (seq.state is State.RUNNING) == (seq in scheduler.running)
+
+
+class FakeModel:
+    """Remembers which token each slot was written for, so that a table that maps a wrong block is seen at once."""
+
+    def __init__(self, limits: EngineConfig) -> None:
+        self.limits = limits
+        self.slots: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+
+    def run(self, work: list[Work], rng: random.Random, vocabulary: int) -> list[int]:
+        size = self.limits.block_size
+        written: list[int] = []
+        for item in work:
+            seq = item.sequence
+            for position in range(item.start, item.start + item.count):
+                slot = seq.block_table[position // size] * size + position % size
+                written.append(slot)
+                self.slots[slot] = (seq.root, tuple(seq.tokens[: position + 1]))
+        assert len(written) == len(set(written)), "a slot was written twice in a step"
+        for item in work:
+            seq = item.sequence
+            for position in range(item.start + item.count):
+                slot = seq.block_table[position // size] * size + position % size
+                assert self.slots[slot] == (seq.root, tuple(seq.tokens[: position + 1]))
+        return [rng.randrange(vocabulary) for item in work if item.samples]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_blocks=st.integers(17, 60),
+    budget=st.integers(4, 40),
+    seqs=st.integers(1, 4),
+    caching=st.booleans(),
+)
+def test_random_traffic_keeps_every_invariant(seed, num_blocks, budget, seqs, caching):
+    """Random adds, steps and aborts: blocks are conserved, shared only when equal, and every request ends once."""
+    rng = random.Random(seed)
+    limits = config(
+        num_blocks=num_blocks, max_num_batched_tokens=budget, max_num_seqs=seqs, prefix_caching=caching, max_waiting=10
+    )
+    scheduler, model = Scheduler(limits), FakeModel(limits)
+    everything: list[Sequence] = []
+    trunk = [rng.randrange(6) for _ in range(40)]
+    for number in range(150):
+        if rng.random() < 0.4:
+            prompt = trunk[: rng.randrange(1, 40)] + [rng.randrange(6) for _ in range(rng.randrange(1, 16))]
+            root = chain_root(rng.choice("ab"))
+            new = sequence(str(number), prompt, max_tokens=rng.randrange(1, 30), root=root)
+            try:
+                scheduler.add(new)
+                everything.append(new)
+            except (ContextTooLong, Overloaded):
+                assert new.id not in scheduler.live
+        if everything and rng.random() < 0.1:
+            scheduler.abort(rng.choice(everything).id)
+        step(scheduler, model, rng)
+    for _ in range(4000):
+        if not scheduler.live:
+            break
+        assert step(scheduler, model, rng), "no progress with live sequences"
+    assert not scheduler.live
+    assert scheduler.pool.num_free == num_blocks - 1
+    assert all(seq.ending is not None and seq.state is State.FINISHED for seq in everything)
+    assert all(seq.num_output <= seq.max_tokens for seq in everything)
+
+
+def step(scheduler: Scheduler, model: FakeModel, rng: random.Random) -> list[Work]:
+    outputs = {seq: seq.output for seq in scheduler.live.values()}
+    work = scheduler.schedule()
+    assert sum(item.count for item in work) <= scheduler.config.max_num_batched_tokens
+    assert all(item.count > 0 for item in work)
+    assert len({item.sequence for item in work}) == len(work)
+    check_pool(scheduler)
+    tokens = model.run(work, rng, vocabulary=EOS + 1)
+    scheduler.settle(work, tokens)
+    check_pool(scheduler)
+    assert all(seq.output[: len(before)] == before for seq, before in outputs.items()), "an output token was lost"
+    return work
+
+
+def test_random_traffic_really_shares_preempts_and_chunks():
+    """The property above is not vacuous: hits, preemptions and chunks happen in such traffic."""
+    rng = random.Random(3)
+    limits = config(num_blocks=17, max_num_seqs=4, max_num_batched_tokens=8)
+    scheduler, model = Scheduler(limits), FakeModel(limits)
+    for number in range(30):
+        scheduler.add(sequence(str(number), [1, 2, 3, 4, 5] * 4 + [number % 6], max_tokens=30))
+    while scheduler.live:
+        step(scheduler, model, rng)
+    counters = scheduler.counters
+    assert counters.prefix_hit_tokens > 0
+    assert counters.preemptions > 0
+    assert counters.chunks > 0
+
+
+def run_step(scheduler: Scheduler, token: int = 1) -> dict[str, int]:
+    """One step in which every sampled token is `token`: how many tokens each sequence computed."""
+    work = scheduler.schedule()
+    scheduler.settle(work, [token for item in work if item.samples])
+    return {item.sequence.id: item.count for item in work}
+
+
+def run_until(scheduler: Scheduler, reached: Callable[[], object], token: int = 1) -> None:
+    for _ in range(500):
+        if reached():
+            return
+        run_step(scheduler, token)
+    pytest.fail("the scheduler never got there")
+
+
+def test_one_budget_mixes_chunks_and_decodes():
+    """A long prompt is cut by the budget and the decodes beside it keep their token per step."""
+    scheduler = Scheduler(config(max_num_batched_tokens=10))
+    scheduler.add(sequence("short", [1, 2], max_tokens=20))
+    assert run_step(scheduler) == {"short": 2}
+    scheduler.add(sequence("long", [3] * 30, max_tokens=5))
+    assert [run_step(scheduler) for _ in range(5)] == [
+        {"short": 1, "long": 9},
+        {"short": 1, "long": 9},
+        {"short": 1, "long": 9},
+        {"short": 1, "long": 3},
+        {"short": 1, "long": 1},
+    ]
+
+
+def test_first_come_first_served():
+    """Requests start in the order they came, also when a later one would fit sooner."""
+    scheduler = Scheduler(config(num_blocks=17, max_num_seqs=8))
+    scheduler.add(sequence("a", [1] * 40, max_tokens=8))
+    scheduler.add(sequence("b", [2] * 40, max_tokens=1))
+    scheduler.add(sequence("c", [3], max_tokens=1))
+    order: list[str] = []
+    while scheduler.live:
+        order += [name for name in run_step(scheduler) if name not in order]
+    assert order == ["a", "b", "c"]
+
+
+def test_identical_prompts_of_one_step_share_blocks():
+    """Two equal prompts admitted in one step use the same full blocks, never the last, unfinished one."""
+    scheduler = Scheduler(config(max_num_batched_tokens=40))
+    for name in "ab":
+        scheduler.add(sequence(name, list(range(10)), max_tokens=4))
+    assert run_step(scheduler) == {"a": 10, "b": 2}
+    first, second = (scheduler.live[name].block_table for name in "ab")
+    assert first[:2] == second[:2]
+    assert first[2] != second[2]
+
+
+def test_a_fully_cached_prompt_still_computes_a_token():
+    """A hit covers at most all tokens but one: without a computed token there are no logits."""
+    scheduler = Scheduler(config())
+    scheduler.add(sequence("a", list(range(8)), max_tokens=1))
+    run_step(scheduler)
+    scheduler.add(sequence("b", list(range(8)), max_tokens=1))
+    assert run_step(scheduler) == {"b": 4}
+
+
+def test_a_salt_separates_tenants():
+    """Under another root nothing is shared, and without the cache nothing is either."""
+    for limits, root in ((config(), chain_root("other")), (config(prefix_caching=False), chain_root(""))):
+        scheduler = Scheduler(limits)
+        scheduler.add(sequence("a", list(range(8)), max_tokens=1))
+        run_step(scheduler)
+        scheduler.add(sequence("b", list(range(8)), max_tokens=1, root=root))
+        assert run_step(scheduler) == {"b": 8}
+        assert scheduler.counters.prefix_hit_tokens == 0
+
+
+def test_the_tail_of_a_cached_prefix_is_evicted_first():
+    """When blocks are needed the end of a freed sequence goes first, so that its head can still be shared."""
+    scheduler = Scheduler(config(num_blocks=17))
+    scheduler.add(sequence("a", [0, 1, 2, 3] * 4, max_tokens=1))
+    run_step(scheduler)
+    scheduler.add(sequence("filler", [9] * 56, max_tokens=1))
+    run_until(scheduler, lambda: not scheduler.live)
+    scheduler.add(sequence("b", [0, 1, 2, 3] * 4, max_tokens=1))
+    run_step(scheduler)
+    assert scheduler.counters.prefix_hit_tokens == 8
+
+
+def test_preemption_keeps_output_and_hits_count_once():
+    """The last admitted sequence is recomputed with every token it had, and counts as one query of the cache."""
+    scheduler = Scheduler(config(num_blocks=17, max_num_batched_tokens=64, prefix_caching=False))
+    for name in "ab":
+        scheduler.add(sequence(name, [1] * 20, max_tokens=33))
+    victim = scheduler.live["b"]
+    run_until(scheduler, lambda: victim.preemptions, token=5)
+    assert victim.state is State.PREEMPTED
+    assert victim.num_output > 0
+    assert scheduler.waiting[0] is victim
+    assert set(victim.output) == {5}
+    run_until(scheduler, lambda: not scheduler.live, token=5)
+    assert victim.output == [5] * 33
+    assert victim.ending == "length"
+
+
+def test_what_can_never_fit_is_refused():
+    """Over-long prompt or output, a used id, a full queue: a typed error naming the field, nothing else disturbed."""
+    scheduler = Scheduler(config(max_waiting=2))
+    scheduler.add(sequence("a", [1], max_tokens=1))
+    with pytest.raises(ContextTooLong, match="64 tokens") as long_prompt:
+        scheduler.add(sequence("b", [1] * 64, max_tokens=1))
+    assert long_prompt.value.param == "messages"
+    with pytest.raises(ContextTooLong, match="make 65") as long_output:
+        scheduler.add(sequence("b", [1] * 60, max_tokens=5))
+    assert long_output.value.param == "max_tokens"
+    with pytest.raises(RequestConflict):
+        scheduler.add(sequence("a", [1], max_tokens=1))
+    scheduler.add(sequence("b", [1], max_tokens=1))
+    with pytest.raises(Overloaded):
+        scheduler.add(sequence("c", [1], max_tokens=1))
+    assert run_step(scheduler) == {"a": 1, "b": 1}
+    assert not scheduler.live
+
+
+@pytest.mark.parametrize("when", ["waiting", "mid-chunk", "running", "preempted", "finished", "unknown"])
+def test_abort_in_every_state_twice(when):
+    """An abort ends a sequence once, in any state; a second one, or one of nothing, does nothing."""
+    scheduler = Scheduler(config(num_blocks=17, max_num_batched_tokens=16, prefix_caching=False))
+    scheduler.add(sequence("other", [1] * 20, max_tokens=43))
+    target = sequence("target", [2] * 30, max_tokens=30 if when != "finished" else 1)
+    if when != "unknown":
+        scheduler.add(target)
+    reached = {
+        "waiting": lambda: True,
+        "mid-chunk": lambda: 0 < target.num_computed < target.num_prompt,
+        "running": lambda: target.num_output > 0,
+        "preempted": lambda: target.state is State.PREEMPTED,
+        "finished": lambda: target.state is State.FINISHED,
+        "unknown": lambda: True,
+    }[when]
+    run_until(scheduler, reached)
+    assert scheduler.abort("target") is (when not in ("finished", "unknown"))
+    assert scheduler.abort("target") is False
+    check_pool(scheduler)
+    if when != "unknown":
+        assert target.ending == ("length" if when == "finished" else "cancelled")
+    run_until(scheduler, lambda: not scheduler.live)
+    assert scheduler.pool.num_used == 0
+
+
+def test_a_sequence_aborted_after_launch_takes_no_token():
+    """An abort between schedule and settle stands: the late token is dropped and the blocks were freed once."""
+    scheduler = Scheduler(config())
+    scheduler.add(sequence("a", [1, 2], max_tokens=5))
+    work = scheduler.schedule()
+    scheduler.abort("a")
+    scheduler.settle(work, [3])
+    assert work[0].sequence.ending == "cancelled"
+    assert work[0].sequence.output == []
+    check_pool(scheduler)
+
+
+def test_eos_ends_unless_ignored():
+    """A stop token ends a sequence with `stop`; with ignore_eos only max_tokens does."""
+    scheduler = Scheduler(config())
+    plain = sequence("a", [1], max_tokens=3)
+    ignoring = sequence("b", [1], max_tokens=3)
+    ignoring.sampling = Sampling(ignore_eos=True)
+    scheduler.add(plain)
+    scheduler.add(ignoring)
+    run_until(scheduler, lambda: not scheduler.live, token=EOS)
+    assert (plain.output, plain.ending) == ([EOS], "stop")
+    assert (ignoring.output, ignoring.ending) == ([EOS] * 3, "length")
+
+
+def test_unusable_logits_fail_one_sequence_only():
+    """A negative token from the sampler ends that sequence with an error and no other."""
+    scheduler = Scheduler(config())
+    for name in "ab":
+        scheduler.add(sequence(name, [1], max_tokens=3))
+    work = scheduler.schedule()
+    scheduler.settle(work, [-1, 2])
+    assert work[0].sequence.ending == "error"
+    assert work[1].sequence.output == [2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_len": 65, "num_blocks": 17},
+        {"model_len": 1},
+        {"max_num_batched_tokens": 7},
+        {"num_blocks": 1},
+        {"block_size": 0},
+    ],
+)
+def test_limits_that_cannot_be_kept_are_refused(changes):
+    """A pool that one permitted sequence could outgrow, or a budget too small to serve every sequence, never starts."""
+    with pytest.raises(ValueError, match="must be"):
+        Scheduler(config(**changes))
