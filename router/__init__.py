@@ -1,0 +1,1 @@
+"""Decides, never acts: values in, Decision out. See router/README.md for the rules in order."""

@@ -1,0 +1,161 @@
+"""The command line: `router check FILE`, `router explain --prompt TEXT`, `router schema`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from router.decide import Decision, decide
+from router.defaults import default_policy
+from router.document import MAX_BYTES
+from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens, measure
+from router.policy import InvalidPolicy, Policy, json_schema, parse
+from shared.errors import BadRequest, CausewayError
+from shared.schemas import ChatRequest, Label, Message, Sampling
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Check and try routing policies.")
+
+PolicyFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="A policy in YAML.")]
+
+
+@app.command()
+def check(file: PolicyFile) -> None:
+    """Is this policy valid? Prints each problem with its line; exit status 0 or 1."""
+    policy = _load(file)
+    rules = f"{len(policy.rules)} rule{'' if len(policy.rules) == 1 else 's'}"
+    typer.echo(f"{file}: valid; mode {policy.mode}, fallback {policy.fallback}, {rules}")
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Option(help="The user's message.")],
+    policy: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Else the default policy.")] = None,
+    model: Annotated[str, typer.Option(help="auto, edge, cloud or a real model's name.")] = "auto",
+    label: Annotated[str, typer.Option(help="free or edge_only.")] = "free",
+    max_tokens: Annotated[int | None, typer.Option(help="The request's own limit on the answer.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=0, help="Else estimated from the prompt.")] = None,
+    edge_model: Annotated[str, typer.Option(help="The local model's name.")] = "edge-model",
+    edge_context: Annotated[int, typer.Option(min=1, help="Its context, in tokens.")] = 2048,
+    queue_depth: Annotated[int, typer.Option(min=0, help="Requests waiting on the device.")] = 0,
+    queue_capacity: Annotated[int, typer.Option(min=1, help="How many may wait.")] = 16,
+    cloud_model: Annotated[str, typer.Option(help="The cloud model's name.")] = "cloud-model",
+    cloud_context: Annotated[int, typer.Option(min=1, help="Its context, in tokens.")] = 8192,
+    round_trip_ms: Annotated[float | None, typer.Option(min=0, help="To the cloud and back.")] = None,
+    cloud_down: Annotated[bool, typer.Option("--cloud-down", help="Not connected.")] = False,
+    no_cloud: Annotated[bool, typer.Option("--no-cloud", help="None configured.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Where would this request go, and why? Runs nothing. Exit status 1 if it would be refused."""
+    chosen = _load(policy) if policy else default_policy()
+    request = _request(prompt, model, label, max_tokens)
+    features = measure(
+        request,
+        prompt_tokens=estimate_tokens(request) if prompt_tokens is None else prompt_tokens,
+        expected_output_tokens=chosen.expected_output_tokens,
+    )
+    device = DeviceReading(
+        model=edge_model, context_length=edge_context, queue_depth=queue_depth, queue_capacity=queue_capacity
+    )
+    link = (
+        NO_CLOUD
+        if no_cloud
+        else LinkReading(
+            connected=not cloud_down,
+            round_trip_s=None if round_trip_ms is None else round_trip_ms / 1000,
+            model=cloud_model,
+            context_length=cloud_context,
+        )
+    )
+    try:
+        decision = decide(features, chosen, device=device, link=link)
+    except CausewayError as error:
+        _refused(error, features, as_json=as_json)
+        raise typer.Exit(1) from None
+    _show(decision, features, as_json=as_json)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a policy file, for editors."""
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    app()
+
+
+def _load(file: Path) -> Policy:
+    """The policy in `file`, or each problem printed with the line it is on, and exit status 1."""
+    with file.open("rb") as stream:
+        source = stream.read(MAX_BYTES + 1)
+    try:
+        return parse(source, name=str(file))
+    except InvalidPolicy as invalid:
+        lines = source.decode(errors="replace").splitlines()
+        for problem in invalid.problems:
+            typer.echo(f"{file}:{problem}", err=True)
+            if problem.line <= len(lines):
+                typer.echo(f"    {lines[problem.line - 1]}\n    {' ' * (problem.column - 1)}^", err=True)
+        raise typer.Exit(1) from None
+
+
+def _request(prompt: str, model: str, label: str, max_tokens: int | None) -> ChatRequest:
+    labels: dict[str, Label] = {"free": "free", "edge_only": "edge_only"}
+    if label not in labels:
+        raise typer.BadParameter("must be free or edge_only", param_hint="--label")
+    try:
+        return ChatRequest(
+            id="explain",
+            model=model,
+            messages=(Message(role="user", content=prompt),),
+            sampling=Sampling(max_tokens=max_tokens),
+            label=labels[label],
+        )
+    except BadRequest as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _show(decision: Decision, features: RequestFeatures, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(decision), "features": dataclasses.asdict(features)}))
+        return
+    rows = {
+        "target": decision.target,
+        "fallback": decision.fallback or "none",
+        "rule": decision.rule,
+        "reason": "\n".join(decision.reasons),
+        "measured": _measured(features),
+    }
+    _print(rows)
+
+
+def _refused(error: CausewayError, features: RequestFeatures, *, as_json: bool) -> None:
+    if as_json:
+        refusal = {"code": error.code, "message": error.message, "param": error.param, "retryable": error.retryable}
+        typer.echo(json.dumps({"error": refusal, "features": dataclasses.asdict(features)}))
+        return
+    _print({"refused": error.code, "reason": error.message, "measured": _measured(features)})
+
+
+def _measured(features: RequestFeatures) -> str:
+    hints = [hint for hint in ("code", "maths", "json", "tools") if getattr(features, hint)]
+    counts = (
+        f"{features.prompt_tokens} prompt tokens, {features.expected_output_tokens} expected, {features.turns} turn(s)"
+    )
+    return f"{counts}, looks like {', '.join(hints)}" if hints else counts
+
+
+def _print(rows: dict[str, str]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

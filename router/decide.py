@@ -1,0 +1,287 @@
+"""decide(): where a request goes, and why. Three tables of named rules, read in order.
+
+    BARS         who may not answer this request     a side barred by one stays barred; both barred: refused, by name
+    PREFERENCES  who should                          the first with an opinion
+    OUTAGES      who cannot just now                 the other side stands in, where that is permitted
+
+The same values give the same decision: nothing here reads a clock, a sensor or a coin.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from router.document import shorten
+from router.facts import Case, Match, applicable, first_token_s
+from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.policy import Policy
+from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
+from shared.schemas import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """`reasons[0]` is the deciding one, short and printable ASCII: fit for a reply header. None holds prompt text."""
+
+    target: Target
+    fallback: Target | None
+    """Who may answer instead if `target` fails in a retryable way before its first token. Only ever `edge`."""
+    rule: str
+    reasons: tuple[str, ...]
+    edge_first_token_s: float | None = None
+    cloud_first_token_s: float | None = None
+
+    @property
+    def reason(self) -> str:
+        return self.reasons[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Why `target` may not answer this request."""
+
+    target: Target
+    rule: str
+    reason: str
+    too_long: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    target: Target
+    rule: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Why a side cannot answer now. With no `error` it still can, only badly: better than nobody."""
+
+    rule: str
+    reason: str
+    error: type[CausewayError] | None
+
+
+OTHER: Final[Mapping[Target, Target]] = {"edge": "cloud", "cloud": "edge"}
+
+
+def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, link: LinkReading) -> Decision:
+    """Raises UnknownModel, PolicyDenied, ContextTooLong, Overloaded or Unreachable when nobody may or can answer."""
+    case = Case(features, policy, device, link)
+    match = applicable(case)
+    barred = _barred(case, match)
+    choice = _reachable(case, barred, _preferred(case, match, barred))
+    return Decision(
+        target=choice.target,
+        fallback="edge" if choice.target == "cloud" and _edge_may_stand_in(case, barred) and device.available else None,
+        rule=choice.rule,
+        reasons=choice.reasons,
+        edge_first_token_s=first_token_s(case, "edge"),
+        cloud_first_token_s=first_token_s(case, "cloud"),
+    )
+
+
+# --- who may not answer -----------------------------------------------------------------------------------------------
+
+
+def label(case: Case, _: Match | None) -> Bar | None:
+    if case.request.label != "edge_only":
+        return None
+    return Bar("cloud", "label", "label edge_only: stays on the device")
+
+
+def requested_model(case: Case, _: Match | None) -> Bar | None:
+    """`edge`, `cloud` and a real model's name each mean that side and no other; `auto` leaves it open."""
+    wanted = case.request.model
+    at_edge, at_cloud = wanted in ("edge", case.device.model), wanted in ("cloud", case.link.model)
+    if wanted == "auto" or (at_edge and at_cloud):
+        return None
+    if at_edge:
+        return Bar("cloud", "requested_model", f"model {shorten(wanted)} requested")
+    if at_cloud:
+        return Bar("edge", "requested_model", f"model {shorten(wanted)} requested")
+    raise _unknown_model(case)
+
+
+def mode(case: Case, _: Match | None) -> Bar | None:
+    match case.policy.mode:
+        case "only_edge":
+            return Bar("cloud", "mode", "mode only_edge")
+        case "only_cloud":
+            return Bar("edge", "mode", "mode only_cloud")
+        case _:
+            return None
+
+
+def firm_rule(_: Case, match: Match | None) -> Bar | None:
+    """A rule with `fallback: false`: its target or nobody."""
+    if match is None or match.rule.fallback:
+        return None
+    return Bar(OTHER[match.rule.target], match.label, f"{match.label}: {match.reason}")
+
+
+def edge_context(case: Case, _: Match | None) -> Bar | None:
+    return _too_long(case, "edge", case.device.context_length)
+
+
+def cloud_context(case: Case, _: Match | None) -> Bar | None:
+    return _too_long(case, "cloud", case.link.context_length)
+
+
+BARS: Final[tuple[Callable[[Case, Match | None], Bar | None], ...]] = (
+    label,
+    requested_model,
+    mode,
+    firm_rule,
+    edge_context,
+    cloud_context,
+)
+
+
+def _barred(case: Case, match: Match | None) -> Mapping[Target, Bar]:
+    """Each barred side with the first bar against it."""
+    barred: dict[Target, Bar] = {}
+    for rule in BARS:
+        if bar := rule(case, match):
+            barred.setdefault(bar.target, bar)
+    if len(barred) == len(OTHER):
+        raise _refusal(barred)
+    return barred
+
+
+def _too_long(case: Case, target: Target, context_length: int | None) -> Bar | None:
+    needed = case.request.required_context
+    if context_length is None or needed <= context_length:
+        return None
+    return Bar(
+        target, f"{target}_context", f"needs {needed} tokens, the {target} takes {context_length}", too_long=True
+    )
+
+
+def _refusal(barred: Mapping[Target, Bar]) -> CausewayError:
+    why = "; ".join(f"not the {target}: {barred[target].reason}" for target in OTHER)
+    if any(bar.too_long for bar in barred.values()):
+        return ContextTooLong(f"the request is too long: {why}", param="messages")
+    return PolicyDenied(f"nobody may answer this request: {why}")
+
+
+def _unknown_model(case: Case) -> CausewayError:
+    wanted = ascii(case.request.model)
+    cloud_permitted = case.request.label != "edge_only" and case.policy.mode != "only_edge"
+    if case.link.configured and case.link.model is None and cloud_permitted:
+        return Unreachable(f"no model {wanted} on this device, and the cloud has not said what it has", param="model")
+    known = dict.fromkeys(("auto", "edge", "cloud", case.device.model, case.link.model))
+    return UnknownModel(f"no model {wanted}; there are {', '.join(filter(None, known))}", param="model")
+
+
+# --- who should answer ------------------------------------------------------------------------------------------------
+
+
+def sole_side(_: Case, __: Match | None, barred: Mapping[Target, Bar]) -> Choice | None:
+    """The other side is barred, and that is the reason."""
+    for bar in barred.values():
+        return Choice(OTHER[bar.target], bar.rule, (bar.reason,))
+    return None
+
+
+def administrator(_: Case, match: Match | None, __: Mapping[Target, Bar]) -> Choice | None:
+    return Choice(match.rule.target, match.label, (f"{match.label}: {match.reason}",)) if match else None
+
+
+def roomier_context(case: Case, _: Match | None, __: Mapping[Target, Bar]) -> Choice | None:
+    """The prompt fits both sides, but on one of them a usual answer would be cut short."""
+    needed = case.request.needs_context
+    limits: dict[Target, int | None] = {"edge": case.device.context_length, "cloud": case.link.context_length}
+    cramped = [target for target, limit in limits.items() if limit is not None and needed > limit]
+    if len(cramped) != 1:
+        return None
+    reason = f"may need {needed} tokens, the {cramped[0]} takes {limits[cramped[0]]}"
+    return Choice(OTHER[cramped[0]], "roomier_context", (reason,))
+
+
+def standing_preference(case: Case, _: Match | None, __: Mapping[Target, Bar]) -> Choice:
+    return Choice("cloud" if case.policy.mode == "prefer_cloud" else "edge", "mode", (f"mode {case.policy.mode}",))
+
+
+PREFERENCES: Final[tuple[Callable[[Case, Match | None, Mapping[Target, Bar]], Choice | None], ...]] = (
+    sole_side,
+    administrator,
+    roomier_context,
+    standing_preference,
+)
+
+
+def _preferred(case: Case, match: Match | None, barred: Mapping[Target, Bar]) -> Choice:
+    return next(choice for rule in PREFERENCES if (choice := rule(case, match, barred)))
+
+
+# --- who cannot just now ----------------------------------------------------------------------------------------------
+
+
+def edge_unavailable(case: Case) -> Outage | None:
+    return None if case.device.available else Outage("edge_unavailable", "the edge model is not available", Overloaded)
+
+
+def edge_queue_full(case: Case) -> Outage | None:
+    device = case.device
+    if not device.queue_full:
+        return None
+    return Outage("edge_queue_full", f"edge queue full ({device.queue_depth} of {device.queue_capacity})", Overloaded)
+
+
+def no_cloud(case: Case) -> Outage | None:
+    return None if case.link.configured else Outage("no_cloud", "no cloud is configured", PolicyDenied)
+
+
+def cloud_draining(case: Case) -> Outage | None:
+    return Outage("cloud_draining", "cloud is draining", Overloaded) if case.link.draining else None
+
+
+def cloud_disconnected(case: Case) -> Outage | None:
+    return None if case.link.connected else Outage("cloud_disconnected", "cloud is not connected", Unreachable)
+
+
+def breaker_open(case: Case) -> Outage | None:
+    return None if case.link.admitting else Outage("breaker_open", "cloud failed lately, breaker open", Unreachable)
+
+
+def slow_link(case: Case) -> Outage | None:
+    limit, seconds = case.policy.max_round_trip_ms, case.link.round_trip_s
+    if seconds is None or seconds * 1000 <= limit:
+        return None
+    return Outage("slow_link", f"round trip {seconds * 1000:.0f} ms > {limit:.0f} ms", None)
+
+
+OUTAGES: Final[Mapping[Target, tuple[Callable[[Case], Outage | None], ...]]] = {
+    "edge": (edge_unavailable, edge_queue_full),
+    "cloud": (no_cloud, cloud_draining, cloud_disconnected, breaker_open, slow_link),
+}
+
+
+def _outage(case: Case, target: Target) -> Outage | None:
+    return next((outage for rule in OUTAGES[target] if (outage := rule(case))), None)
+
+
+def _reachable(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> Choice:
+    """The choice, or the other side in its place; raises the outage's error if nobody can answer."""
+    out = _outage(case, choice.target)
+    if out is None:
+        return choice
+    other = OTHER[choice.target]
+    other_out = _outage(case, other)
+    if other in barred:
+        obstacle = barred[other].reason
+    elif other == "edge" and not _edge_may_stand_in(case, barred):
+        obstacle = "fallback none"
+    elif other_out and (other_out.error or not out.error):
+        obstacle = other_out.reason
+    else:
+        return Choice(other, out.rule, (out.reason, *choice.reasons))
+    if out.error is None:
+        return Choice(choice.target, choice.rule, (*choice.reasons, out.reason))
+    retry_after = case.link.retry_after_s if choice.target == "cloud" else None
+    raise out.error(f"{out.reason}; not the {other}: {obstacle}", source=choice.target, retry_after=retry_after)
+
+
+def _edge_may_stand_in(case: Case, barred: Mapping[Target, Bar]) -> bool:
+    return case.policy.fallback == "edge" and "edge" not in barred

@@ -1,0 +1,130 @@
+"""What a rule can ask: one `Case` holds all that a decision sees, and FACTS reads each condition's value from it.
+
+A new condition is a field of `policy.When` and a line of FACTS; a test holds the two together.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.policy import Policy, Range, Rule, When
+from shared.schemas import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One request, one policy, one moment."""
+
+    request: RequestFeatures
+    policy: Policy
+    device: DeviceReading
+    link: LinkReading
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The administrator's rule that applies, and the conditions that held, with what was measured."""
+
+    rule: Rule
+    reason: str
+
+    @property
+    def label(self) -> str:
+        return f"rule {self.rule.name}"
+
+
+Fact = float | str | bool | None
+
+
+def first_token_s(case: Case, target: Target) -> float | None:
+    """How long the first token would take, in seconds; None where nothing was measured to tell from.
+
+    Edge: those waiting get their whole answer first, at the device's total rate; then this prompt is prefilled.
+    Cloud: what recent requests took.
+    """
+    if target == "cloud":
+        return case.link.first_token_s
+    device = case.device
+    if not device.prefill_tokens_per_s:
+        return None
+    prefill = case.request.prompt_tokens / device.prefill_tokens_per_s
+    if not device.queue_depth:
+        return prefill
+    if not device.tokens_per_s:
+        return None
+    return device.queue_depth * case.request.expected_output_tokens / device.tokens_per_s + prefill
+
+
+FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
+    "prompt_tokens": lambda case: case.request.prompt_tokens,
+    "expected_output_tokens": lambda case: case.request.expected_output_tokens,
+    "turns": lambda case: case.request.turns,
+    "code": lambda case: case.request.code,
+    "maths": lambda case: case.request.maths,
+    "json": lambda case: case.request.json,
+    "tools": lambda case: case.request.tools,
+    "label": lambda case: case.request.label,
+    "model": lambda case: case.request.model,
+    "fits_edge": lambda case: _fits(case, case.device.context_length),
+    "fits_cloud": lambda case: _fits(case, case.link.context_length),
+    "queue_depth": lambda case: case.device.queue_depth,
+    "running": lambda case: case.device.running,
+    "edge_first_token_ms": lambda case: _ms(first_token_s(case, "edge")),
+    "cloud_first_token_ms": lambda case: _ms(first_token_s(case, "cloud")),
+    "round_trip_ms": lambda case: _ms(case.link.round_trip_s),
+    "battery_percent": lambda case: case.device.battery_percent,
+    "on_battery": lambda case: case.device.on_battery,
+    "cpu_percent": lambda case: case.device.cpu_percent,
+}
+
+
+def applicable(case: Case) -> Match | None:
+    """The first rule whose conditions hold. A rule for the cloud does not apply to a request that may not go there."""
+    for rule in case.policy.rules:
+        if rule.target == "cloud" and case.request.label == "edge_only":
+            continue
+        if (reason := _held(rule.when, case)) is not None:
+            return Match(rule, reason)
+    return None
+
+
+def _held(when: When, case: Case) -> str | None:
+    """The conditions with their measured values, like `prompt_tokens 1200 > 800`; None unless all of them hold."""
+    said = []
+    for name, condition in _conditions(when):
+        value = FACTS[name](case)
+        if value is None or not _holds(condition, value):
+            return None
+        said.append(
+            f"{name} {_spelled(value)} {condition}" if isinstance(condition, Range) else f"{name} {_spelled(value)}"
+        )
+    return ", ".join(said) or "always"
+
+
+def _conditions(when: When) -> Iterator[tuple[str, Range | tuple[str, ...] | str | bool]]:
+    for name, field in When.model_fields.items():
+        if (condition := getattr(when, name)) is not None:
+            yield field.alias or name, condition
+
+
+def _holds(condition: Range | tuple[str, ...] | str | bool, value: float | str | bool) -> bool:
+    if isinstance(condition, Range):
+        return condition.holds(float(value))
+    if isinstance(condition, tuple):
+        return value in condition
+    return value == condition
+
+
+def _spelled(value: float | str | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def _fits(case: Case, context_length: int | None) -> bool | None:
+    return None if context_length is None else case.request.needs_context <= context_length
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000

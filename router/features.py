@@ -1,0 +1,171 @@
+"""What is measured of a request, of the device and of the link. Values only: whoever senses fills them in.
+
+The hints (`code`, `maths`, `json`, `tools`) are lexical and cheap: one pass over at most SCAN_CHARS characters with
+patterns whose every repetition is bounded, so no text can make them slow. They guess; a policy should treat them so.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from shared.schemas import ChatRequest, Label
+
+VIRTUAL_MODELS: Final = ("auto", "edge", "cloud")
+EXPECTED_OUTPUT_TOKENS: Final = 256
+SCAN_CHARS: Final = 16_384
+CHARS_PER_TOKEN: Final = 4  # of ASCII text, in byte-pair vocabularies; other scripts are nearer one token a character
+TOKENS_PER_MESSAGE: Final = 4  # what a chat template puts around each message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFeatures:
+    """One request, without its text."""
+
+    prompt_tokens: int
+    model: str = "auto"
+    """As requested: a virtual model or a real one's name."""
+    label: Label = "free"
+    max_tokens: int | None = None
+    """The caller's limit on the output, if one was given."""
+    expected_output_tokens: int = EXPECTED_OUTPUT_TOKENS
+    """A guess: the policy's, but never above `max_tokens`."""
+    turns: int = 1
+    """Messages by the user, this one included."""
+    code: bool = False
+    maths: bool = False
+    json: bool = False
+    tools: bool = False
+
+    @property
+    def required_context(self) -> int:
+        """Tokens of context without which the request must be refused: the prompt and all that was asked for."""
+        return self.prompt_tokens + (self.max_tokens or 1)
+
+    @property
+    def needs_context(self) -> int:
+        """Tokens of context that answer it in comfort: the prompt and the output asked for or expected."""
+        return self.prompt_tokens + (self.max_tokens or self.expected_output_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReading:
+    """The device now. None means not measured; a rule that asks for it does not apply."""
+
+    model: str
+    context_length: int
+    available: bool = True
+    """False while the local model is loading, broken or switched off."""
+    queue_depth: int = 0
+    """Requests waiting, the running ones not counted."""
+    queue_capacity: int = 1
+    running: int = 0
+    tokens_per_s: float | None = None
+    """Decoded by all running requests together."""
+    prefill_tokens_per_s: float | None = None
+    battery_percent: float | None = None
+    on_battery: bool | None = None
+    cpu_percent: float | None = None
+
+    @property
+    def queue_full(self) -> bool:
+        return self.queue_depth >= self.queue_capacity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkReading:
+    """The way to the cloud now, and what is known of the other side (None until it has said so)."""
+
+    configured: bool = True
+    connected: bool = True
+    admitting: bool = True
+    """The circuit breaker would let a request through: `CloudHealth.admits(now)`."""
+    draining: bool = False
+    retry_after_s: float | None = None
+    """When the breaker opens up again, or the cloud asked to be left alone until."""
+    round_trip_s: float | None = None
+    first_token_s: float | None = None
+    """What recent offloaded requests waited for their first token."""
+    model: str | None = None
+    context_length: int | None = None
+
+
+NO_CLOUD: Final = LinkReading(configured=False, connected=False)
+
+
+def measure(
+    request: ChatRequest, *, prompt_tokens: int, expected_output_tokens: int = EXPECTED_OUTPUT_TOKENS
+) -> RequestFeatures:
+    """`prompt_tokens` is the tokenizer's count of the whole templated prompt, or `estimate_tokens(request)`."""
+    text = _excerpt(request)
+    limit = request.sampling.max_tokens
+    return RequestFeatures(
+        prompt_tokens=prompt_tokens,
+        model=request.model,
+        label=request.label,
+        max_tokens=limit,
+        expected_output_tokens=min(expected_output_tokens, limit or expected_output_tokens),
+        turns=max(1, sum(message.role == "user" for message in request.messages)),
+        code=_CODE.search(text) is not None,
+        maths=_MATHS.search(text) is not None,
+        json=_JSON.search(text) is not None,
+        tools=any(message.role == "tool" for message in request.messages) or _TOOLS.search(text) is not None,
+    )
+
+
+def estimate_tokens(request: ChatRequest) -> int:
+    """How many tokens the prompt takes, about, for when no tokenizer is at hand. Linear in the text."""
+    return sum(_estimate(text) + TOKENS_PER_MESSAGE for text in _texts(request))
+
+
+def _estimate(text: str) -> int:
+    ascii_chars = len(text.encode("ascii", "ignore"))
+    return math.ceil(ascii_chars / CHARS_PER_TOKEN) + len(text) - ascii_chars
+
+
+def _texts(request: ChatRequest) -> Iterator[str]:
+    """Newest first."""
+    if request.prompt is not None:
+        yield request.prompt
+    yield from (message.content for message in reversed(request.messages))
+
+
+def _excerpt(request: ChatRequest) -> str:
+    """About SCAN_CHARS characters at most, newest message first; of a long one its ends, where questions are asked."""
+    parts: list[str] = []
+    left = SCAN_CHARS
+    for text in _texts(request):
+        if left <= 0:
+            break
+        parts.append(text if len(text) <= left else f"{text[: left // 2]}\n{text[-(left // 2) :]}")
+        left -= len(text)
+    return "\n".join(parts)
+
+
+_CODE: Final = re.compile(
+    r"""
+      ```
+    | ^[ \t]{0,40} (?: def[ ]\w{1,80}\( | class[ ]\w{1,80}[:({] | import[ ][\w.{]{1,80} | from[ ][\w.]{1,80}[ ]import[ ]
+                     | \#include\s{0,8}[<"] | (?:pub[ ])?fn[ ]\w{1,80}[(<] | func[ ]\w{1,80}\( | function[ ]\w{0,80}\(
+                     | (?:const|let|var)[ ]\w{1,80}[ ]?= | public[ ](?:static|class|void)\b | \#!/ )
+    | \)[ ]?[;{][ \t]{0,40}$
+    | \bselect\b[^;\n]{1,200}\bfrom[ ]\w
+    | \b(?:python|javascript|typescript|c\+\+|golang|regexp?|sql|traceback|stack[ ]trace|segfault|refactor)(?!\w)
+    """,
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
+)
+_MATHS: Final = re.compile(
+    r"""
+      \\(?:frac|sum|int|sqrt|prod|lim|begin\{(?:equation|align|matrix|cases))
+    | [\u2200\u2202\u2203\u2208\u2211\u221a\u221e\u222b\u2248\u2260\u2264\u2265\u03c0]
+    | \d[ ]?[*+^\u00d7\u00f7][ ]?\(?\d | \d[ ]-[ ]\d | [\w)\d][ ]?=[ ]?[-(]?[\d?]
+    | \b(?:solve|equation|integral|derivative|probability|theorem|calculate|compute|square[ ]root|percent|how[ ]many)\b
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_JSON: Final = re.compile(r"""\bjson\b | \{\s{0,8}"[^"\n]{1,80}"\s{0,8}:""", re.VERBOSE | re.IGNORECASE)
+_TOOLS: Final = re.compile(
+    r"\b(?:tool|function)[ _]calls?\b|\b(?:call|use|using|invoke) (?:the |a |this )?(?:tool|function|api)\b",
+    re.IGNORECASE,
+)

@@ -1,0 +1,249 @@
+"""What the administrator writes: a `Policy`, read from YAML by `parse`. The README says how to write one."""
+
+import difflib
+from collections.abc import Iterator
+from functools import partial
+from typing import Annotated, Any, Final, Literal, Self
+
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
+from router.features import EXPECTED_OUTPUT_TOKENS
+from shared.schemas import MAX_OUTPUT_TOKENS, Label, Target
+
+__all__ = ["Breaker", "InvalidPolicy", "Policy", "Problem", "Range", "Rule", "When", "json_schema", "parse"]
+
+Mode = Literal["prefer_edge", "only_edge", "prefer_cloud", "only_cloud"]
+
+MAX_RULES: Final = 256
+HUGE: Final = 1e15
+
+Number = Annotated[float, Field(ge=-HUGE, le=HUGE, allow_inf_nan=False)]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+"""Goes into reply headers, hence the narrow alphabet."""
+ModelName = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,256}$")]
+
+
+class _Written(BaseModel):
+    """Strict: `"800"` is no number and `1` is no truth value. Immutable, and so safe to share between requests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=False)
+
+
+class Range(_Written):
+    """Numbers between limits; in YAML `{">": 800}`, `{">=": 10, "<": 20}` or the number itself."""
+
+    above: Number | None = Field(None, alias=">")
+    at_least: Number | None = Field(None, alias=">=")
+    below: Number | None = Field(None, alias="<")
+    at_most: Number | None = Field(None, alias="<=")
+    equal: Number | None = Field(None, alias="==")
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.equal is None or value == self.equal)
+        )
+
+    def __str__(self) -> str:
+        return " and ".join(f"{sign} {limit:.15g}" for sign, limit in self._limits())
+
+    def _limits(self) -> Iterator[tuple[str, float]]:
+        for name, field in type(self).model_fields.items():
+            if (limit := getattr(self, name)) is not None:
+                yield str(field.alias), limit
+
+    @model_validator(mode="after")
+    def _some_number_fits(self) -> Self:
+        limits = dict(self._limits())
+        if not limits:
+            raise PydanticCustomError("empty_range", "no limit given; write a number or one of > >= < <= ==")
+        low = max((limits[sign] for sign in (">", ">=", "==") if sign in limits), default=-HUGE)
+        high = min((limits[sign] for sign in ("<", "<=", "==") if sign in limits), default=HUGE)
+        if low > high or (low == high and not self.holds(low)):
+            raise PydanticCustomError("impossible_range", "no number can be {limits}", {"limits": str(self)})
+        return self
+
+
+def _spelled_out(value: object) -> object:
+    """A bare number stands for equality."""
+    if isinstance(value, Range | dict):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("not_limits", 'must be a number or limits such as {{">": 800}}')
+    return {"==": value}
+
+
+def _listed(value: object) -> object:
+    """One name stands for a list of one."""
+    if value == ():
+        raise PydanticCustomError("no_names", "must name at least one model")
+    return (value,) if isinstance(value, str) else value
+
+
+_LIMITS: Final = {
+    "type": "object",
+    "properties": {sign: {"type": "number"} for sign in (">", ">=", "<", "<=", "==")},
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+Limits = Annotated[
+    Range, BeforeValidator(_spelled_out), WithJsonSchema({"anyOf": [{"type": "number"}, _LIMITS], "title": "Limits"})
+]
+Models = Annotated[
+    tuple[ModelName, ...],
+    Field(max_length=64),
+    BeforeValidator(_listed),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+"""One name or several, any of which is meant."""
+
+_condition = partial(Field, default=None)
+
+
+class When(_Written):
+    """Conditions, all of which must hold. One that asks for something not measured does not hold."""
+
+    prompt_tokens: Limits | None = _condition(description="tokens of the whole prompt")
+    expected_output_tokens: Limits | None = _condition(description="the smaller of max_tokens and the policy's guess")
+    turns: Limits | None = _condition(description="messages by the user, this one included")
+    code: bool | None = _condition(description="the prompt looks like program code (a hint)")
+    maths: bool | None = _condition(description="the prompt looks like mathematics (a hint)")
+    json_: bool | None = _condition(alias="json", description="the prompt speaks of or shows JSON (a hint)")
+    tools: bool | None = _condition(description="tool messages, or a prompt that asks for tool calls (a hint)")
+    label: Label | None = _condition(description="the request's label")
+    model: Models | None = _condition(description="the requested model, virtual or real: one name or a list")
+    fits_edge: bool | None = _condition(description="prompt and expected output fit the edge model's context")
+    fits_cloud: bool | None = _condition(description="prompt and expected output fit the cloud model's context")
+    queue_depth: Limits | None = _condition(description="requests waiting on the device")
+    running: Limits | None = _condition(description="requests being answered on the device")
+    edge_first_token_ms: Limits | None = _condition(description="predicted wait for the first token at the edge")
+    cloud_first_token_ms: Limits | None = _condition(description="recent wait for the first token from the cloud")
+    round_trip_ms: Limits | None = _condition(description="round trip to the cloud")
+    battery_percent: Limits | None = _condition(description="charge left in the device's battery")
+    on_battery: bool | None = _condition(description="the device runs on its battery")
+    cpu_percent: Limits | None = _condition(description="load of the device's processors")
+
+
+class Rule(_Written):
+    """The first rule whose conditions hold says where the request goes."""
+
+    name: Name = Field(description="shown in the reason of every reply that it decides")
+    when: When = Field(When(), description="conditions, all of which must hold; none at all means always")
+    target: Target
+    fallback: bool = Field(True, description="false: this target or nobody, whatever happens")
+
+    @property
+    def unconditional(self) -> bool:
+        return self.when == When()
+
+
+class Breaker(_Written):
+    """When the cloud counts as down, and how soon it is tried again."""
+
+    consecutive_failures: Annotated[int, Field(ge=1, le=1000)] = 3
+    window: Annotated[int, Field(ge=1, le=1000, description="latest outcomes that failure_ratio looks at")] = 20
+    failure_ratio: Annotated[float, Field(gt=0, le=1, description="share of a full window that opens it")] = 0.5
+    cool_down_s: Annotated[float, Field(gt=0, le=3600, description="the first wait; doubled each time it fails")] = 2.0
+    max_cool_down_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    probe_timeout_s: Annotated[float, Field(gt=0, le=3600, description="an unanswered probe is given up by then")] = (
+        30.0
+    )
+
+    @model_validator(mode="after")
+    def _growing(self) -> Self:
+        if self.max_cool_down_s < self.cool_down_s:
+            raise PydanticCustomError("order", "max_cool_down_s is less than cool_down_s")
+        return self
+
+
+class Policy(_Written):
+    """Where requests may go, where they should go, and what happens when that side cannot answer."""
+
+    version: Literal[1] = 1
+    mode: Mode = Field(description="the standing preference, or the one side that may answer at all")
+    fallback: Literal["edge", "none"] = Field(
+        "edge", description="may the edge stand in, before the first token, for a cloud that cannot answer"
+    )
+    rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES, description="the first that holds applies")] = ()
+    expected_output_tokens: Annotated[
+        int, Field(ge=1, le=MAX_OUTPUT_TOKENS, description="guessed length of an answer without max_tokens")
+    ] = EXPECTED_OUTPUT_TOKENS
+    first_token_timeout_s: Annotated[
+        float, Field(gt=0, le=3600, description="how long the cloud may take to its first token")
+    ] = 10.0
+    max_round_trip_ms: Annotated[
+        float, Field(gt=0, le=3_600_000, description="a slower link is avoided while the edge can answer")
+    ] = 2000.0
+    breaker: Breaker = Breaker()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        """Every rule has its own name and can apply; `only_*` is contradicted by none."""
+        first_with: dict[str, int] = {}
+        for number, rule in enumerate(self.rules):
+            if first_with.setdefault(rule.name, number) != number:
+                raise _at(("rules", number, "name"), f"rules[{first_with[rule.name]}] has this name")
+            if self.mode.startswith("only_") and self.mode != f"only_{rule.target}":
+                raise _at(("rules", number, "target"), f"mode {self.mode} never sends a request there")
+            if number and self.rules[number - 1].unconditional:
+                raise _at(("rules", number), f"never reached: rules[{number - 1}] has no conditions")
+        return self
+
+
+def parse(source: str | bytes, *, name: str = "policy") -> Policy:
+    """The policy written in `source`; `name` is what error messages call it.
+
+    Total: whatever the source holds, it returns a Policy or raises InvalidPolicy.
+    """
+    document = read(source, name=name)
+    try:
+        return Policy.model_validate(document.value)
+    except pydantic.ValidationError as error:
+        raise InvalidPolicy(name, tuple(sorted(_problem(document, detail) for detail in error.errors()))) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a policy file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Policy.model_json_schema(by_alias=True)
+
+
+def _at(path: Path, message: str) -> PydanticCustomError:
+    """A fault found by comparing several fields, placed at one of them."""
+    return PydanticCustomError("incoherent", "{message}", {"message": message, "path": path})
+
+
+def _problem(document: Document, detail: ErrorDetails) -> Problem:
+    path: Path = (*detail["loc"], *detail.get("ctx", {}).get("path", ()))
+    if detail["type"] != "missing":  # drop what was never written, such as the `==` that a bare number stands for
+        path = document.nearest(path)
+    return document.problem(path, _message(detail))
+
+
+def _message(detail: ErrorDetails) -> str:
+    match detail["type"]:
+        case "extra_forbidden":
+            return "unknown field" + _suggestion(detail["loc"])
+        case "missing":
+            return "is required"
+        case "string_pattern_mismatch":
+            return f"must match {detail['ctx']['pattern']}"
+        case "model_type":
+            return "must be a map"
+        case _:
+            return shorten(detail["msg"].replace("Input should", "must").replace("tuple", "list"), 300)
+
+
+def _suggestion(loc: tuple[int | str, ...]) -> str:
+    models: dict[str, type[BaseModel]] = {"when": When, "breaker": Breaker}
+    parent: type[BaseModel] = Policy
+    for step in loc[:-1]:
+        parent = Rule if isinstance(step, int) else models.get(step, Range)
+    names = [field.alias or name for name, field in parent.model_fields.items()]
+    close = difflib.get_close_matches(str(loc[-1])[:80], names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"
