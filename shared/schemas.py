@@ -4,7 +4,6 @@ Every HTTP surface turns its own JSON into a `ChatRequest` and turns `Delta`s ba
 Anything that answers a request is an `Answer`: the edge's Agent, each of its backends, the cloud's engine.
 """
 
-import math
 from collections.abc import AsyncGenerator
 from typing import Literal, Protocol
 
@@ -29,7 +28,7 @@ SEED_BITS = 63
 def _in_range(name: str, value: float | None, low: float, high: float, *, open_low: bool = False) -> None:
     if value is None:
         return
-    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+    if not low <= value <= high or (open_low and value == low):  # false for NaN too
         raise BadRequest(f"{name} must be {'over' if open_low else 'at least'} {low} and at most {high}", param=name)
 
 

@@ -1,0 +1,99 @@
+"""The bodies of OpenAI's `chat.completions` and `completions`, as types: what is implemented, harmless or neutral."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding of chunks: no part of the answer
+
+
+class CausewayOptions(msgspec.Struct, forbid_unknown_fields=True):
+    label: str = "free"
+
+
+class CommonBody(msgspec.Struct, kw_only=True):
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = 1
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    causeway: CausewayOptions = msgspec.field(default_factory=CausewayOptions)
+    user: str = ""
+    metadata: dict[str, str] | None = None
+    store: bool = False
+
+
+class ChatBody(CommonBody, kw_only=True):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    service_tier: str = "auto"
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
+    prompt_cache_retention: str = ""
+    prompt_cache_options: dict[str, Any] | None = None
+    parallel_tool_calls: bool = True  # tools are refused, so there is nothing to run in parallel
+
+
+class CompletionBody(CommonBody, kw_only=True):
+    prompt: str | list[Any]
+    logprobs: int | None = None
+
+
+class MessageBody(msgspec.Struct, kw_only=True):
+    role: str
+    content: str | list[dict[str, Any]]
+    name: str | None = None
+
+
+class PartBody(msgspec.Struct, kw_only=True):
+    type: str
+    text: str
+
+
+# What OpenAI takes when the field is left out; any other value would change the answer.
+NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+NEUTRAL_COMPLETION: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+}
+NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+NEUTRAL_PART: Mapping[str, tuple[Any, ...]] = {"file": (), "image_url": (), "input_audio": (), "refusal": ()}

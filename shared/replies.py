@@ -1,0 +1,226 @@
+"""Deltas and errors as OpenAI's JSON: chunks of a stream, a whole response, the error object, the list of models."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from shared.errors import Cancelled, CausewayError, UpstreamFailed
+from shared.openai import Call, Kind
+from shared.schemas import Delta, FinishReason, ModelCard, Route, TokenLogprob, Usage
+
+NO_LOGPROB = -9999.0
+"""What OpenAI says for a probability of zero; JSON has no infinity."""
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_object(error: CausewayError) -> dict[str, Any]:
+    """OpenAI's error object, plus who failed (`source`) and whether trying again can help (`retryable`)."""
+    kind = "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
+    body: dict[str, Any] = {
+        "message": error.message,
+        "type": kind,
+        "param": error.param,
+        "code": error.code,
+        "source": error.source,
+        "retryable": error.retryable,
+    }
+    if error.retry_after is not None:
+        body["retry_after"] = error.retry_after
+    return {"error": body}
+
+
+def error_body(error: CausewayError) -> bytes:
+    return msgspec.json.encode(error_object(error))
+
+
+def error_event(error: CausewayError) -> bytes:
+    """The explicit end of a stream that failed after its first token: no `[DONE]` follows."""
+    return _event(error_object(error))
+
+
+def model_list(cards: Iterable[ModelCard], created: int) -> bytes:
+    return msgspec.json.encode({"object": "list", "data": [_model(card, created) for card in cards]})
+
+
+def model_object(card: ModelCard, created: int) -> bytes:
+    return msgspec.json.encode(_model(card, created))
+
+
+class Chunks:
+    """One streamed reply: deltas in, server-sent events out.
+
+    Each choice's first chunk says the role, its last one has `finish_reason` and `causeway` (route, reason,
+    failovers). `end` gives the usage chunk if it was asked for, then `[DONE]`.
+    """
+
+    def __init__(self, call: Call, *, reply_id: str, created: int) -> None:
+        self._chat = call.kind == "chat"
+        self._include_usage = call.include_usage
+        self._head: dict[str, Any] = {
+            "id": reply_id,
+            "object": "chat.completion.chunk" if self._chat else "text_completion",
+            "created": created,
+            "model": call.model,
+        }
+        self._tail: dict[str, Any] = {"usage": None} if call.include_usage else {}
+        self._offsets = [0] * len(call.requests)
+        self._opened = [False] * len(call.requests)
+        self._usages: list[Usage | None] = [None] * len(call.requests)
+        self._routes: list[Route | None] = [None] * len(call.requests)
+
+    def push(self, index: int, delta: Delta) -> bytes:
+        """The events this delta makes: none, one or, at the ends of a choice, two."""
+        events = b""
+        if self._chat and not self._opened[index]:
+            events = self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None})
+        self._opened[index] = True
+        self._routes[index] = delta.route or self._routes[index]
+        if delta.text or delta.logprobs:
+            events += self._chunk(index, self._piece(index, delta))
+        if delta.finish_reason is not None:
+            self._usages[index] = delta.usage or Usage(prompt_tokens=0, completion_tokens=0)
+            events += self._finish(index, finish_reason(delta))
+        return events
+
+    def end(self) -> bytes:
+        """Raises UpstreamFailed if a choice has not had its last delta."""
+        usage = _total(self._usages)
+        events = _event({**self._head, "choices": [], "usage": usage}) if self._include_usage else b""
+        return events + b"data: [DONE]\n\n"
+
+    def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        if self._chat:
+            return {"delta": {"content": delta.text}, "logprobs": _chat_logprobs(delta.logprobs)}
+        logprobs = _text_logprobs(delta.logprobs, self._offsets[index])
+        self._offsets[index] += sum(len(token.token) for token in delta.logprobs)
+        return {"text": delta.text, "logprobs": logprobs}
+
+    def _finish(self, index: int, reason: str | None) -> bytes:
+        piece: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
+        extra = {"causeway": causeway_object(route)} if (route := self._routes[index]) else {}
+        return self._chunk(index, {**piece, "logprobs": None}, reason, **extra)
+
+    def _chunk(self, index: int, piece: dict[str, Any], reason: str | None = None, **extra: Any) -> bytes:
+        choice = {"index": index, **piece, "finish_reason": reason}
+        return _event({**self._head, "choices": [choice], **self._tail, **extra})
+
+
+class Whole:
+    """One reply in one piece: deltas in, the response body out."""
+
+    def __init__(self, call: Call, *, reply_id: str, created: int) -> None:
+        self._kind: Kind = call.kind
+        self._head: dict[str, Any] = {
+            "id": reply_id,
+            "object": "chat.completion" if call.kind == "chat" else "text_completion",
+            "created": created,
+            "model": call.model,
+        }
+        self._wants_logprobs = call.requests[0].sampling.logprobs is not None
+        self._texts: list[list[str]] = [[] for _ in call.requests]
+        self._logprobs: list[list[TokenLogprob]] = [[] for _ in call.requests]
+        self._reasons: list[FinishReason | None] = [None] * len(call.requests)
+        self._usages: list[Usage | None] = [None] * len(call.requests)
+        self.route: Route | None = None
+
+    def push(self, index: int, delta: Delta) -> None:
+        self._texts[index].append(delta.text)
+        self._logprobs[index].extend(delta.logprobs)
+        self.route = delta.route or self.route
+        if delta.finish_reason is not None:
+            self._reasons[index] = finish_reason(delta)
+            self._usages[index] = delta.usage or Usage(prompt_tokens=0, completion_tokens=0)
+
+    def end(self) -> bytes:
+        """Raises UpstreamFailed if a choice has not had its last delta."""
+        usage = _total(self._usages)
+        extra = {"causeway": causeway_object(self.route)} if self.route else {}
+        choices = [self._choice(index) for index in range(len(self._texts))]
+        return msgspec.json.encode({**self._head, "choices": choices, "usage": usage, **extra})
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        text, logprobs = "".join(self._texts[index]), self._logprobs[index]
+        choice: dict[str, Any] = {"index": index, "finish_reason": self._reasons[index]}
+        if self._kind == "chat":
+            shown = _chat_logprobs(logprobs) if self._wants_logprobs else None
+            return {**choice, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": shown}
+        return {**choice, "text": text, "logprobs": _text_logprobs(logprobs, 0) if self._wants_logprobs else None}
+
+
+def finish_reason(delta: Delta) -> FinishReason | None:
+    """OpenAI knows no cancelled answer: to its clients that is an error. Raises Cancelled."""
+    if delta.finish_reason == "cancelled":
+        raise Cancelled("the request was cancelled while it was answered")
+    return delta.finish_reason
+
+
+def causeway_object(route: Route) -> dict[str, Any]:
+    return {"route": route.target, "reason": route.reason, "failovers": route.failovers, "model": route.model}
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _total(usages: Sequence[Usage | None]) -> dict[str, Any]:
+    """OpenAI counts the prompt once, however many choices it was asked for."""
+    known = [usage for usage in usages if usage is not None]
+    if len(known) < len(usages):
+        raise UpstreamFailed("the answer ended before its last token")
+    prompt, completion = known[0].prompt_tokens, sum(usage.completion_tokens for usage in known)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": known[0].cached_tokens},
+    }
+
+
+def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    if not tokens:
+        return None
+    content = [
+        {
+            "token": token.token,
+            "logprob": _finite(token.logprob),
+            "bytes": token.bytes,
+            "top_logprobs": [
+                {"token": top.token, "logprob": _finite(top.logprob), "bytes": top.bytes} for top in token.top
+            ],
+        }
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    """The legacy form: parallel lists. `text_offset` counts characters of the answer."""
+    if not tokens:
+        return None
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.token)
+    return {
+        "tokens": [token.token for token in tokens],
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": [{top.token: _finite(top.logprob) for top in token.top} for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else NO_LOGPROB
+
+
+def _model(card: ModelCard, created: int) -> dict[str, Any]:
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": created,
+        "owned_by": card.owned_by,
+        "context_length": card.context_length,
+    }
