@@ -1,0 +1,395 @@
+"""The rules of one connection that carries many requests, without a socket, a loop or a clock.
+
+A shell (the gateway's endpoint, the edge's cloud backend) owns the socket and does only this: give every message to
+`receive`, send whatever `next_message` returns, call `tick` at `next_deadline`, close when `closing` says so, and run
+or stop what the server's events name. Time is the argument `now` (any monotonic clock, seconds).
+
+The server side is one `ServerSession` per connection over a shared `Registry`; the client side, `ClientSession`
+(`shared/link.py`), outlives connections. What both owe each other is in this module's base class; PROTOCOL.md is the
+prose.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shared.errors import (
+    BadFrame,
+    BadRequest,
+    Cancelled,
+    CausewayError,
+    DeadlineExceeded,
+    Overloaded,
+    PolicyDenied,
+    ProtocolError,
+    RateLimited,
+    SlowConsumer,
+    Superseded,
+    TooLarge,
+    UnknownRequest,
+    Unrecoverable,
+)
+from shared.executions import Attachment, Execution
+from shared.frames import (
+    PROTOCOL_VERSION,
+    Accept,
+    Ack,
+    Body,
+    Cancel,
+    Codec,
+    Data,
+    End,
+    Err,
+    Frame,
+    Goaway,
+    Hello,
+    Open,
+    Ping,
+    Pong,
+    Resume,
+    Resumed,
+    Welcome,
+    body_hash,
+    decode_request,
+)
+from shared.registry import Registry
+from shared.schemas import ChatRequest
+
+
+class Close(NamedTuple):
+    """How to close the WebSocket."""
+
+    code: int
+    reason: str
+
+
+GOING_AWAY = Close(1001, "draining")
+
+_CLOSE_CODES: tuple[tuple[type[CausewayError], int], ...] = (
+    (ProtocolError, 4400),
+    (DeadlineExceeded, 4408),
+    (TooLarge, 4413),
+    (RateLimited, 4429),
+    (SlowConsumer, 4430),
+)
+
+
+def close_for(error: CausewayError) -> Close:
+    code = next((code for cls, code in _CLOSE_CODES if isinstance(error, cls)), 1011)
+    return Close(code, error.code)
+
+
+class Connection:
+    """What either side keeps of one connection: frames that go out before all data, and when it was last heard."""
+
+    def __init__(self, codec: Codec, now: float, max_control: int) -> None:
+        self.codec = codec
+        self.heard_at = now
+        self.closing: Close | None = None
+        self._control: deque[tuple[Frame, float]] = deque()
+        self._max_control = max_control
+
+    def control(self, frame: Frame, now: float) -> None:
+        """Queue a frame to go out before any data. A peer that asks faster than it reads is cut off."""
+        if len(self._control) >= self._max_control:
+            self.close(close_for(SlowConsumer("replies are not read")))
+        elif self.closing is None:
+            self._control.append((frame, now))
+
+    def pop_control(self) -> Frame | None:
+        return self._control.popleft()[0] if self._control else None
+
+    @property
+    def stuck_since(self) -> float | None:
+        return self._control[0][1] if self._control else None
+
+    def close(self, close: Close) -> None:
+        self.closing = self.closing or close
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Run this request once, feeding the execution."""
+
+    execution: Execution
+    request: ChatRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The client cancelled: stop what runs for this execution, which has ended already."""
+
+    execution: Execution
+
+
+Event = Start | Stop
+
+
+@dataclass(slots=True)
+class _Upload:
+    open: Open
+    until: float
+    body: bytearray
+
+
+class ServerSession:
+    """The server's side of one connection of one tenant. `wake` is called when another task's doing gives it work."""
+
+    def __init__(self, registry: Registry, tenant: str, codec: Codec, now: float, wake: Callable[[], None]) -> None:
+        self.wake = wake
+        self.client = ""
+        self._registry = registry
+        self._rules = registry.rules
+        self._tenant = tenant
+        self._made_at = now
+        self._greeted = False
+        self._wire = Connection(codec, now, registry.rules.max_control)
+        self._streams: dict[int, Attachment] = {}
+        self._turns: deque[int] = deque()
+        self._uploads: dict[int, _Upload] = {}
+        self._highest = 0
+        self._events: list[Event] = []
+
+    @property
+    def closing(self) -> Close | None:
+        return self._wire.closing
+
+    # --- in ---
+
+    def receive(self, message: bytes | str, now: float) -> list[Event]:
+        """Take one message. A breach of the wire's rules ends this connection and nothing else."""
+        if self._wire.closing is None:
+            self._wire.heard_at = now
+            try:
+                self._dispatch(self._wire.codec.decode(message), now)
+            except CausewayError as error:
+                self._refuse(error, now)
+        events, self._events = self._events, []
+        return events
+
+    def _dispatch(self, frame: Frame, now: float) -> None:
+        if isinstance(frame, Hello):
+            self._on_hello(frame, now)
+        elif not self._greeted:
+            raise BadFrame("HELLO must come first", param="frame")
+        elif isinstance(frame, Ping):
+            self._wire.control(Pong(frame.id), now)
+        elif isinstance(frame, Open | Body | Ack | Cancel | Resume):
+            self._on_stream_frame(frame, now)
+
+    def _on_hello(self, frame: Hello, now: float) -> None:
+        if self._greeted:
+            raise BadFrame("HELLO must come once", param="frame")
+        self._greeted, self.client = True, frame.client
+        self._wire.control(Welcome(PROTOCOL_VERSION, self._registry.epoch, self._rules.limits), now)
+
+    def _on_stream_frame(self, frame: Open | Body | Ack | Cancel | Resume, now: float) -> None:
+        """A breach here costs only the stream it names."""
+        try:
+            if isinstance(frame, Open | Resume):
+                if frame.sid <= self._highest:
+                    return self._on_reused(frame)
+                self._highest = frame.sid
+                return self._on_open(frame, now) if isinstance(frame, Open) else self._on_resume(frame, now)
+            if frame.sid > self._highest:
+                raise UnknownRequest("no such stream on this connection", param="sid")
+            if isinstance(frame, Body):
+                return self._on_body(frame, now)
+            if isinstance(frame, Ack):
+                return self._on_ack(frame, now)
+            return self._on_cancel(frame, now)
+        except CausewayError as error:
+            self._drop(frame.sid, now)
+            self._wire.control(Err.of(error, frame.sid), now)
+
+    def _on_reused(self, frame: Open | Resume) -> None:
+        """A repeat of what opened the stream is harmless; a different request under its number is not."""
+        upload, stream = self._uploads.get(frame.sid), self._streams.get(frame.sid)
+        rid = upload.open.rid if upload else stream.execution.request_id if stream else frame.rid
+        if rid != frame.rid:
+            raise BadFrame("stream numbers must rise", param="sid")
+
+    def _on_open(self, frame: Open, now: float) -> None:
+        limits = self._rules.limits
+        if not 0 < frame.length <= limits.max_prompt:
+            raise TooLarge(f"request over {limits.max_prompt} bytes", param="messages")
+        self._check_streams()
+        known = self._registry.find(self._tenant, frame.rid, frame.sha256)
+        if known is not None:
+            return self._accept(known, frame.sid, frame.window, now)
+        self._registry.check_room(self._tenant)
+        if sum(upload.open.length for upload in self._uploads.values()) + frame.length > self._rules.max_uploads:
+            raise Overloaded("too many request bytes on their way on this connection", retry_after=1.0)
+        self._uploads[frame.sid] = _Upload(frame, now + self._rules.body_within, bytearray())
+        return None
+
+    def _on_body(self, frame: Body, now: float) -> None:
+        upload = self._uploads.get(frame.sid)
+        if upload is None:  # refused, cancelled, or known already: the pieces were on their way
+            return
+        have = len(upload.body)
+        if frame.off + len(frame.data) <= have:
+            return
+        if frame.off != have or have + len(frame.data) > upload.open.length:
+            raise BadFrame("request piece out of place", param="off")
+        upload.body += frame.data
+        if len(upload.body) == upload.open.length:
+            del self._uploads[frame.sid]
+            self._start(upload.open, bytes(upload.body), now)
+
+    def _start(self, opened: Open, body: bytes, now: float) -> None:
+        if body_hash(body) != opened.sha256:
+            raise BadRequest("the request does not match its hash", param="sha256")
+        request = decode_request(body)
+        if request.id != opened.rid:
+            raise BadRequest("the request's id is not the one it was opened with", param="id")
+        if request.label == "edge_only":
+            raise PolicyDenied("a request labelled edge_only must not be sent", param="label")
+        execution = self._registry.find(self._tenant, opened.rid, opened.sha256)
+        if execution is None:
+            execution = self._registry.create(self._tenant, opened.rid, opened.sha256)
+            self._events.append(Start(execution, request))
+        self._accept(execution, opened.sid, opened.window, now)
+
+    def _accept(self, execution: Execution, sid: int, window: int, now: float) -> None:
+        stream = self._attach(execution, sid, 0, window, now)
+        self._wire.control(Accept(sid, stream.number, execution.tokens[0]), now)
+
+    def _on_resume(self, frame: Resume, now: float) -> None:
+        self._check_streams()
+        if frame.epoch != self._registry.epoch:
+            raise Unrecoverable("the server restarted since; its logs are gone", param="epoch")
+        execution = self._registry.resumable(self._tenant, frame.rid, frame.token)
+        if frame.last_seq > execution.last_seq:
+            raise BadFrame("resume from beyond the end", param="last_seq")
+        stream = self._attach(execution, frame.sid, frame.last_seq, frame.window, now)
+        self._wire.control(Resumed(frame.sid, stream.number, frame.last_seq + 1, execution.tokens[0]), now)
+
+    def _on_ack(self, frame: Ack, now: float) -> None:
+        stream = self._streams.get(frame.sid)
+        if stream is None or frame.attach != stream.number:
+            return
+        if frame.seq > stream.sent:
+            raise BadFrame("acknowledged what was not sent", param="seq")
+        execution = stream.execution
+        execution.tokens = execution.tokens[:1]
+        stream.limit = max(stream.limit, frame.seq + frame.window)
+        execution.acknowledge(frame.seq, now)
+        if execution.ended and frame.seq == execution.last_seq:
+            self._forget(frame.sid)
+            self._registry.retire(execution, now)
+
+    def _on_cancel(self, frame: Cancel, now: float) -> None:
+        if self._uploads.pop(frame.sid, None) is not None:
+            raise Cancelled("cancelled")
+        stream = self._streams.get(frame.sid)
+        if stream is not None and not stream.execution.ended:
+            stream.execution.cancel(now)
+            self._events.append(Stop(stream.execution))
+
+    def _check_streams(self) -> None:
+        if len(self._streams) + len(self._uploads) >= self._rules.limits.max_streams:
+            raise RateLimited(f"at most {self._rules.limits.max_streams} requests on one connection", retry_after=1.0)
+
+    # --- streams ---
+
+    def _attach(self, execution: Execution, sid: int, after: int, window: int, now: float) -> Attachment:
+        stream = self._registry.attach(execution, self, sid, after, window, now)
+        self._streams[sid] = stream
+        self._turns.append(sid)
+        return stream
+
+    def _forget(self, sid: int) -> Attachment | None:
+        if sid in self._streams:
+            self._turns.remove(sid)
+        return self._streams.pop(sid, None)
+
+    def _drop(self, sid: int, now: float) -> None:
+        """Let go of a stream; its execution goes on and can be resumed."""
+        self._uploads.pop(sid, None)
+        stream = self._forget(sid)
+        if stream is not None:
+            self._registry.detach(stream, now)
+
+    def fenced(self, sid: int) -> None:
+        """A newer attachment took the stream over: not one more byte of it here."""
+        self._forget(sid)
+        self._wire.control(Err.of(Superseded("a newer connection took this stream over"), sid), self._wire.heard_at)
+        self.wake()
+
+    # --- out ---
+
+    def next_message(self, now: float) -> bytes | str | None:
+        """The next message to send, or None. Control before data; streams in turn, those without credit skipped."""
+        frame = self._wire.pop_control() or self._next_data(now)
+        return None if frame is None else self._wire.codec.encode(frame)
+
+    def _next_data(self, now: float) -> Data | End | Err | None:
+        if self._wire.closing is not None:
+            return None
+        for _ in range(len(self._turns)):
+            sid = self._turns[0]
+            self._turns.rotate(-1)
+            stream = self._streams[sid]
+            due = stream.execution.flush_at
+            if due is not None and due <= now:
+                stream.execution.flush(now)
+            frame = stream.execution.frame(stream.sent + 1, sid, stream.limit)
+            if frame is not None:
+                stream.sent += 1
+                return frame
+        return None
+
+    # --- time ---
+
+    def next_deadline(self) -> float:
+        rules, wire = self._rules, self._wire
+        times = [wire.heard_at + rules.idle_after if self._greeted else self._made_at + rules.hello_within]
+        if wire.stuck_since is not None:
+            times.append(wire.stuck_since + rules.stuck_after)
+        times += [upload.until for upload in self._uploads.values()]
+        for stream in self._streams.values():
+            if stream.waiting_since is not None:
+                times.append(stream.waiting_since + rules.slow_after)
+            if stream.execution.flush_at is not None:
+                times.append(stream.execution.flush_at)
+        return min(times)
+
+    def tick(self, now: float) -> None:
+        rules, wire = self._rules, self._wire
+        if not self._greeted and now >= self._made_at + rules.hello_within:
+            self._refuse(DeadlineExceeded(f"no HELLO within {rules.hello_within:g} s"), now)
+        elif now >= wire.heard_at + rules.idle_after:
+            self._refuse(DeadlineExceeded(f"nothing heard for {rules.idle_after:g} s"), now)
+        elif wire.stuck_since is not None and now >= wire.stuck_since + rules.stuck_after:
+            self._refuse(SlowConsumer("replies are not read"), now)
+        for sid in [sid for sid, upload in self._uploads.items() if now >= upload.until]:
+            self._end_stream(sid, DeadlineExceeded("the request did not arrive in time", param="body"), now)
+        for sid, stream in list(self._streams.items()):
+            if stream.waiting_since is not None and now >= stream.waiting_since + rules.slow_after:
+                self._end_stream(sid, SlowConsumer(f"nothing acknowledged for {rules.slow_after:g} s"), now)
+            elif stream.execution.flush_at is not None and now >= stream.execution.flush_at:
+                stream.execution.flush(now)
+
+    def _end_stream(self, sid: int, error: CausewayError, now: float) -> None:
+        self._drop(sid, now)
+        self._wire.control(Err.of(error, sid), now)
+
+    # --- its end ---
+
+    def goaway(self, reason: str, drain: float, reconnect_after: float, now: float) -> None:
+        self._wire.control(Goaway(reason, drain, reconnect_after), now)
+
+    def close(self, close: Close) -> None:
+        self._wire.close(close)
+
+    def _refuse(self, error: CausewayError, now: float) -> None:
+        self._wire.control(Err.of(error, sid=0), now)
+        self._wire.close(close_for(error))
+
+    def lost(self, now: float) -> None:
+        """The connection is gone. That cancels nothing: executions wait for their client to come back."""
+        for sid in [*self._streams, *self._uploads]:
+            self._drop(sid, now)
+        self._wire.close(Close(1006, "lost"))
