@@ -14,7 +14,7 @@ import msgspec
 
 from shared.errors import CausewayError, TooLarge
 from shared.frames import Data, End, Err, Limits
-from shared.schemas import Delta, Route, TokenLogprob, TopLogprob
+from shared.schemas import Delta, ModelCard, Route, TokenLogprob, TopLogprob
 
 Outcome = Literal["running", "done", "error", "cancelled", "abandoned"]
 
@@ -28,9 +28,10 @@ NO_CHANCE = -9999.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What the server permits and how long it waits; `limits` is the part that WELCOME announces. Seconds, bytes."""
+    """What the server permits and how long it waits; `limits` and `models` are what WELCOME says. Seconds, bytes."""
 
     limits: Limits = field(default_factory=Limits)
+    models: tuple[ModelCard, ...] = ()
     hello_within: float = 5.0
     idle_after: float = 60.0
     body_within: float = 30.0
@@ -148,11 +149,11 @@ class Execution:
         text = "".join(delta.text for delta in pending)
         logprobs = tuple(_sendable(entry) for delta in pending for entry in delta.logprobs)
         self._spoke = self._spoke or bool(text or logprobs)
-        for piece in _pieces(text, sum(delta.tokens for delta in pending), logprobs):
-            if not self._append(piece):
-                limit = self._rules.limits.max_output
-                self._close(Err.of(TooLarge(f"answer over {limit} bytes"), 1, len(self._log) + 1), "error", now)
-                return
+        try:
+            for piece in _pieces(text, sum(delta.tokens for delta in pending), logprobs):
+                self._append(piece)
+        except TooLarge as error:
+            self._close(Err.of(error, sid=1, seq=len(self._log) + 1), "error", now)
         self._note_waiting(now)
 
     @property
@@ -202,16 +203,15 @@ class Execution:
         seen = min(self.acked, len(self._log))
         return self._log[-1].total - (self._log[seen - 1].total if seen else 0)
 
-    def _append(self, piece: _Piece) -> bool:
+    def _append(self, piece: _Piece) -> None:
         blob, text = _PACK.encode(piece), piece.text.encode()
         total = (self._log[-1].total if self._log else 0) + len(blob)
         limit = self._rules.limits.max_output
         if self._bytes + len(text) > limit or total > 8 * limit:
-            return False
+            raise TooLarge(f"answer over {limit} bytes")
         self._log.append(_Entry(self._bytes, total, blob))
         self._bytes += len(text)
         self._sha256.update(text)
-        return True
 
     def _finish_with(self, last: Delta, now: float) -> None:
         self.flush(now)
@@ -281,6 +281,8 @@ def _cut_logprobs(logprobs: tuple[TokenLogprob, ...]) -> list[tuple[TokenLogprob
     size = 0
     for entry in logprobs:
         cost = len(msgspec.json.encode(entry))
+        if cost > LOGPROB_BYTES:
+            raise TooLarge("a token's log probabilities do not fit a frame", param="top_logprobs")
         if group and size + cost > LOGPROB_BYTES:
             groups.append(tuple(group))
             group, size = [], 0

@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, Self
 import msgspec
 
 from shared.errors import BadFrame, BadRequest, CausewayError, Source, TooLarge, UnsupportedVersion
-from shared.schemas import ChatRequest, FinishReason, Route, TokenLogprob, Usage
+from shared.schemas import ChatRequest, FinishReason, ModelCard, Route, TokenLogprob, Usage
 
 PROTOCOL_VERSION: Final = 1
 WIRE_PATH: Final = "/v1/connect"
@@ -68,6 +68,7 @@ class Welcome(_Frame, frozen=True):
     epoch: Name
     """Names this life of the server; another epoch means that every log of the old one is gone."""
     limits: Limits
+    models: tuple[ModelCard, ...] = ()
 
 
 class Open(_Frame, frozen=True):

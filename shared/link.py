@@ -9,6 +9,7 @@ No I/O, no clock.
 from collections import deque
 from collections.abc import Callable
 
+from shared.connection import Close, Connection, close_for
 from shared.errors import (
     BadFrame,
     CausewayError,
@@ -40,8 +41,7 @@ from shared.frames import (
     Welcome,
     encode_request,
 )
-from shared.schemas import ChatRequest, Delta
-from shared.session import Close, Connection, close_for
+from shared.schemas import ChatRequest, Delta, ModelCard
 from shared.streams import ClientRules, Stream, error_of
 
 MAX_CONTROL = 1024
@@ -55,6 +55,8 @@ class ClientSession:
 
     def __init__(self, rules: ClientRules, client: str, wake: Callable[[], None]) -> None:
         self.limits = Limits()
+        self.models: tuple[ModelCard, ...] = ()
+        """What the server said it serves."""
         self.round_trip: float | None = None
         """Smoothed, in seconds."""
         self.last_error: CausewayError | None = None
@@ -163,7 +165,8 @@ class ClientSession:
         if self._welcomed or frame.version != PROTOCOL_VERSION:
             raise BadFrame("unexpected WELCOME", param="frame")
         restarted = self._epoch not in ("", frame.epoch)
-        self._epoch, self._welcomed, self.limits, self.last_error = frame.epoch, True, frame.limits, None
+        self._epoch, self._welcomed, self.last_error = frame.epoch, True, None
+        self.limits, self.models = frame.limits, frame.models
         self._measure(now - self._connected_at)
         self._pinged_at = now
         for stream in list(self._streams):

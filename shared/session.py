@@ -4,16 +4,15 @@ A shell (the gateway's endpoint, the edge's cloud backend) owns the socket and d
 `receive`, send whatever `next_message` returns, call `tick` at `next_deadline`, close when `closing` says so, and run
 or stop what the server's events name. Time is the argument `now` (any monotonic clock, seconds).
 
-The server side is one `ServerSession` per connection over a shared `Registry`; the client side, `ClientSession`
-(`shared/link.py`), outlives connections. What both owe each other is in this module's base class; PROTOCOL.md is the
-prose.
+Here is the server's side: one `ServerSession` per connection over a shared `Registry`. The client's, `ClientSession`,
+is in `shared/link.py` and outlives connections. PROTOCOL.md is the prose.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from shared.connection import Close, Connection, close_for
 from shared.errors import (
     BadFrame,
     BadRequest,
@@ -22,7 +21,6 @@ from shared.errors import (
     DeadlineExceeded,
     Overloaded,
     PolicyDenied,
-    ProtocolError,
     RateLimited,
     SlowConsumer,
     Superseded,
@@ -53,59 +51,11 @@ from shared.frames import (
     body_hash,
     decode_request,
 )
+from shared.link import ClientSession
 from shared.registry import Registry
 from shared.schemas import ChatRequest
 
-
-class Close(NamedTuple):
-    """How to close the WebSocket."""
-
-    code: int
-    reason: str
-
-
-GOING_AWAY = Close(1001, "draining")
-
-_CLOSE_CODES: tuple[tuple[type[CausewayError], int], ...] = (
-    (ProtocolError, 4400),
-    (DeadlineExceeded, 4408),
-    (TooLarge, 4413),
-    (RateLimited, 4429),
-    (SlowConsumer, 4430),
-)
-
-
-def close_for(error: CausewayError) -> Close:
-    code = next((code for cls, code in _CLOSE_CODES if isinstance(error, cls)), 1011)
-    return Close(code, error.code)
-
-
-class Connection:
-    """What either side keeps of one connection: frames that go out before all data, and when it was last heard."""
-
-    def __init__(self, codec: Codec, now: float, max_control: int) -> None:
-        self.codec = codec
-        self.heard_at = now
-        self.closing: Close | None = None
-        self._control: deque[tuple[Frame, float]] = deque()
-        self._max_control = max_control
-
-    def control(self, frame: Frame, now: float) -> None:
-        """Queue a frame to go out before any data. A peer that asks faster than it reads is cut off."""
-        if len(self._control) >= self._max_control:
-            self.close(close_for(SlowConsumer("replies are not read")))
-        elif self.closing is None:
-            self._control.append((frame, now))
-
-    def pop_control(self) -> Frame | None:
-        return self._control.popleft()[0] if self._control else None
-
-    @property
-    def stuck_since(self) -> float | None:
-        return self._control[0][1] if self._control else None
-
-    def close(self, close: Close) -> None:
-        self.closing = self.closing or close
+__all__ = ["ClientSession", "Event", "Registry", "ServerSession", "Start", "Stop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +105,11 @@ class ServerSession:
     def closing(self) -> Close | None:
         return self._wire.closing
 
+    @property
+    def busy(self) -> bool:
+        """Whether any request is on its way in or out."""
+        return bool(self._streams or self._uploads)
+
     # --- in ---
 
     def receive(self, message: bytes | str, now: float) -> list[Event]:
@@ -182,7 +137,7 @@ class ServerSession:
         if self._greeted:
             raise BadFrame("HELLO must come once", param="frame")
         self._greeted, self.client = True, frame.client
-        self._wire.control(Welcome(PROTOCOL_VERSION, self._registry.epoch, self._rules.limits), now)
+        self._wire.control(Welcome(PROTOCOL_VERSION, self._registry.epoch, self._rules.limits, self._rules.models), now)
 
     def _on_stream_frame(self, frame: Open | Body | Ack | Cancel | Resume, now: float) -> None:
         """A breach here costs only the stream it names."""
