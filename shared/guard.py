@@ -82,7 +82,10 @@ class Guard:
             kinds = _values(headers, b"content-type")
             if len(kinds) != 1 or not _JSON.fullmatch(kinds[0].strip()):
                 raise UnsupportedMedia("content-type must be application/json", param="content-type")
-        for length in _values(headers, b"content-length"):
+        lengths = _values(headers, b"content-length")
+        if lengths and _values(headers, b"transfer-encoding"):
+            raise BadRequest("a body has either a length or chunks", param="content-length")
+        for length in lengths:
             if not length.isdecimal() or len(length) > MAX_LENGTH_DIGITS or int(length) > self.max_body:
                 raise self.too_large()
 

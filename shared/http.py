@@ -71,7 +71,13 @@ def create_app(
     `answer_for` gets a request's headers (names in lower case) and says who answers it, or raises, say, Unauthorized;
     every route but `/health` asks it first. `/health` is 200 while `health()["status"]` is "ok", else 503.
     """
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # our own events are the only ones
+    )
     app.add_middleware(Guarded, guard=guard, source=source)
     app.add_exception_handler(HTTPException, _http_error(source))
     app.add_exception_handler(RequestValidationError, _http_error(source))
