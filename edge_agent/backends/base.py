@@ -5,7 +5,7 @@
 
 from typing import Protocol
 
-from shared.schemas import Answer, ChatRequest, ModelCard
+from shared.schemas import Answer, ChatRequest, Delta, ModelCard
 
 
 class LocalReading(Protocol):
@@ -66,6 +66,13 @@ class LinkState(Protocol):
     @property
     def round_trip_s(self) -> float | None: ...
 
+    @property
+    def model(self) -> str | None:
+        """The model that the cloud serves; None until it has said so."""
+
+    @property
+    def context_length(self) -> int | None: ...
+
 
 class RemoteBackend(Answer, Protocol):
     """The cloud engine behind its link. Must itself refuse what is labelled `edge_only`."""
@@ -73,3 +80,8 @@ class RemoteBackend(Answer, Protocol):
     def link(self) -> LinkState: ...
 
     async def aclose(self) -> None: ...
+
+
+def is_empty(delta: Delta) -> bool:
+    """Nothing for a client in it: until the first delta that is not, a request counts as not yet answered."""
+    return not (delta.text or delta.tokens or delta.logprobs or delta.finish_reason)

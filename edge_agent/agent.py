@@ -1,0 +1,125 @@
+"""The path of one request at the edge: measure, decide, then generate here or send to the cloud, relay, report.
+
+The one fallback rule of Causeway is in `Agent._answer`: a retryable failure before the first token may be made good by
+the target that the decision permits, visibly; after the first token a stream goes on or ends with its error. Two
+models are never spliced into one answer.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+import msgspec
+
+from edge_agent.backends.base import LocalBackend, is_empty
+from edge_agent.offload import Offload
+from router.decide import Decision, decide
+from router.features import NO_CLOUD, DeviceReading, LinkReading, estimate_tokens, measure
+from router.policy import Policy
+from shared.errors import CausewayError, PolicyDenied, UpstreamFailed
+from shared.schemas import ChatRequest, Delta, Route, Target
+from shared.telemetry import Listener, observed
+
+COUNT_TIMEOUT_S = 5.0
+MAX_FAILURE_CHARS = 120
+
+
+class Agent:
+    """An `Answer` made of two: the model on this device and, unless `offload` is None, the cloud.
+
+    `policy` and `device` are asked anew for each request; a request keeps the policy that it was decided by.
+    """
+
+    def __init__(
+        self,
+        local: LocalBackend,
+        offload: Offload | None,
+        *,
+        policy: Callable[[], Policy],
+        device: Callable[[], DeviceReading],
+        listeners: tuple[Listener, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._local = local
+        self._offload = offload
+        self._policy = policy
+        self._device = device
+        self._listeners = listeners
+        self._clock = clock
+
+    def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        """Every stream ends in exactly one way, and exactly one event says how."""
+        return observed(self._answer(request), request, self._listeners, clock=self._clock)
+
+    def link(self) -> LinkReading:
+        return self._offload.reading() if self._offload else NO_CLOUD
+
+    async def _answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        prompt_tokens = await self._prompt_tokens(request)
+        policy = self._policy()
+        features = measure(request, prompt_tokens=prompt_tokens, expected_output_tokens=policy.expected_output_tokens)
+        decision = decide(features, policy, device=self._device(), link=self.link())
+        route, began = self._route(decision.target, decision.reason), False
+        try:
+            async with aclosing(self._relay(request, route, policy)) as deltas:
+                async for delta in deltas:
+                    began = True
+                    yield delta
+            return
+        except CausewayError as error:
+            if began or not error.retryable or decision.fallback is None:
+                raise
+            route = self._stand_in(decision, decision.fallback, error)
+        async with aclosing(self._relay(request, route, policy)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _relay(self, request: ChatRequest, route: Route, policy: Policy) -> AsyncGenerator[Delta, None]:
+        """One target's answer from its first token on, the route on its first and last delta, its name on errors."""
+        began = False
+        try:
+            async with aclosing(self._from(route.target, request, policy)) as deltas:
+                async for delta in deltas:
+                    if not began and is_empty(delta):
+                        continue
+                    last = delta.finish_reason is not None
+                    yield delta if began and not last else _routed(delta, route)
+                    if last:
+                        return
+                    began = True
+            raise UpstreamFailed("the answer ended before its last token")
+        except CausewayError as error:
+            error.at(route.target)
+            raise
+
+    def _from(self, target: Target, request: ChatRequest, policy: Policy) -> AsyncGenerator[Delta, None]:
+        if target == "edge":
+            return self._local.answer(request)
+        if self._offload is None:
+            raise PolicyDenied("no cloud is configured")
+        return self._offload.answer(request, policy)
+
+    async def _prompt_tokens(self, request: ChatRequest) -> int:
+        """By the local tokenizer if it can, else estimated: a broken model must not keep requests from the cloud."""
+        if not self._local.reading().available:
+            return estimate_tokens(request)
+        try:
+            async with asyncio.timeout(COUNT_TIMEOUT_S):
+                return await self._local.count_tokens(request)
+        except (CausewayError, TimeoutError):
+            return estimate_tokens(request)
+
+    def _stand_in(self, decision: Decision, target: Target, error: CausewayError) -> Route:
+        failure = f"{decision.target} {error.code}: {error.message}".encode("ascii", "replace").decode()
+        return self._route(target, f"{failure[:MAX_FAILURE_CHARS]}; answered by the {target}", failovers=1)
+
+    def _route(self, target: Target, reason: str, failovers: int = 0) -> Route:
+        model = self._local.model_card().id if target == "edge" else self.link().model or "cloud"
+        return Route(target=target, reason=reason, failovers=failovers, model=model)
+
+
+def _routed(delta: Delta, route: Route) -> Delta:
+    """Whoever answered knows best which model it ran; all else about the route is the Agent's to say."""
+    said = delta.route.model if delta.route else ""
+    return msgspec.structs.replace(delta, route=msgspec.structs.replace(route, model=said or route.model))

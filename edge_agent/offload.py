@@ -1,0 +1,96 @@
+"""The way to the cloud: a backend behind a circuit breaker, and what is known of it.
+
+The one door through which a request can leave the device; the label is looked at here, whatever was decided before.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from edge_agent.backends.base import LinkState, RemoteBackend, is_empty
+from router.features import LinkReading
+from router.health import CloudHealth, Outcome, State
+from router.policy import Policy
+from shared.errors import DeadlineExceeded, PolicyDenied, Unreachable, UpstreamFailed
+from shared.schemas import ChatRequest, Delta
+
+
+class Offload:
+    """Sends requests, times their first token, and moves the breaker by what came of each."""
+
+    def __init__(self, cloud: RemoteBackend, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._cloud = cloud
+        self._clock = clock
+        self._health = CloudHealth()
+        self._connected = False
+
+    def reading(self) -> LinkReading:
+        link, now = self._link(), self._clock()
+        retry_after = self._health.retry_after_s(now) or link.retry_after_s
+        return LinkReading(
+            connected=link.connected,
+            admitting=self._health.admits(now),
+            draining=link.draining,
+            retry_after_s=retry_after,
+            round_trip_s=link.round_trip_s,
+            first_token_s=self._health.first_token_s,
+            model=link.model,
+            context_length=link.context_length,
+        )
+
+    def breaker_state(self) -> State:
+        return self._health.state(self._clock())
+
+    async def answer(self, request: ChatRequest, policy: Policy) -> AsyncGenerator[Delta, None]:
+        """The cloud's answer, from its first token on.
+
+        Raises PolicyDenied for an edge_only request, Unreachable while the breaker is open, DeadlineExceeded if the
+        policy's time for the first token passes; otherwise what the backend raises.
+        """
+        if request.label == "edge_only":
+            raise PolicyDenied("label edge_only: stays on the device", source="edge")
+        self._admit(policy)
+        async with aclosing(self._cloud.answer(request)) as deltas:
+            yield await self._first(deltas, policy)
+            async for delta in deltas:
+                yield delta
+
+    def _admit(self, policy: Policy) -> None:
+        now = self._clock()
+        self._health, admitted = self._health.admit(now, policy.breaker)
+        if not admitted:
+            raise Unreachable("it failed lately, breaker open", retry_after=self._health.retry_after_s(now))
+
+    async def _first(self, deltas: AsyncGenerator[Delta, None], policy: Policy) -> Delta:
+        """The first delta with something in it. Whatever happens, the breaker hears of it once."""
+        sent = self._clock()
+        try:
+            delta = await _within(policy.first_token_timeout_s, deltas)
+        except BaseException as error:
+            self._report(Outcome.of_error(error), policy)
+            raise
+        self._report(Outcome(ok=True, first_token_s=self._clock() - sent), policy)
+        return delta
+
+    def _report(self, outcome: Outcome, policy: Policy) -> None:
+        self._health = self._health.after(outcome, self._clock(), policy.breaker)
+
+    def _link(self) -> LinkState:
+        """A connection that has come back is reason to probe at once."""
+        link = self._cloud.link()
+        if link.connected and not self._connected:
+            self._health = self._health.after_connect(self._clock())
+        self._connected = link.connected
+        return link
+
+
+async def _within(seconds: float, deltas: AsyncGenerator[Delta, None]) -> Delta:
+    try:
+        async with asyncio.timeout(seconds):
+            async for delta in deltas:
+                if not is_empty(delta):
+                    return delta
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"no first token within {seconds:g} s") from error
+    raise UpstreamFailed("the answer ended before its first token")

@@ -1,0 +1,115 @@
+"""The policy in force: read from a file, exchanged whole when the file changes, kept when the new one is wrong."""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from router.defaults import default_policy
+from router.document import MAX_BYTES, Problem
+from router.policy import InvalidPolicy, Policy, parse
+
+POLL_S = 2.0
+SETTLE_S = 0.1
+"""A file that is still being written must not be taken for a shorter one: it has to stay the same for this long."""
+SETTLE_TRIES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One policy and where it came from. `sha256` is of the file's bytes; empty for the built-in policy."""
+
+    policy: Policy
+    name: str
+    sha256: str = ""
+
+
+class PolicyFile:
+    """Holds one reference. Who has read `policy` keeps what it got, whatever is loaded later."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises InvalidPolicy naming line and field, or saying that the file cannot be read."""
+        self._path = path.absolute() if path else None
+        self._seen = b""
+        self.failures = 0
+        self.current = self._load(_read(path)) if path else Snapshot(default_policy(), "default")
+
+    @property
+    def policy(self) -> Policy:
+        return self.current.policy
+
+    async def reload(self) -> Snapshot:
+        """Take the file as it is once it has stopped changing. Raises InvalidPolicy, and then the old one stays."""
+        if self._path is not None:
+            try:
+                self.current = self._load(await _settled(self._path))
+            except InvalidPolicy as error:
+                self.failures += 1
+                structlog.get_logger("causeway.policy").warning("policy kept", rejected=error.message)
+                raise
+        return self.current
+
+    async def watch(self) -> None:
+        """Reload whenever the file's content changes; ends only by being cancelled."""
+        if self._path is None:
+            return
+        async for _ in _ticks(self._path):
+            if await asyncio.to_thread(self._changed, self._path):
+                try:
+                    await self.reload()
+                except InvalidPolicy:
+                    continue
+                structlog.get_logger("causeway.policy").info("policy loaded", mode=self.policy.mode)
+
+    def _changed(self, path: Path) -> bool:
+        before, self._seen = self._seen, _fingerprint(path)
+        return self._seen != before
+
+    def _load(self, content: bytes) -> Snapshot:
+        """Remembers the content before judging it: one bad file is reported once."""
+        self._seen = hashlib.sha256(content).digest()
+        name = self._path.name if self._path else "policy"
+        return Snapshot(parse(content, name=name), name, self._seen.hex())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InvalidPolicy(path.name, (Problem(1, 1, "", f"cannot be read: {error.strerror}"),)) from error
+
+
+def _fingerprint(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(_read(path)).digest()
+    except InvalidPolicy:
+        return b"unreadable"
+
+
+async def _settled(path: Path) -> bytes:
+    content = await asyncio.to_thread(_read, path)
+    for _ in range(SETTLE_TRIES):
+        await asyncio.sleep(SETTLE_S)
+        before, content = content, await asyncio.to_thread(_read, path)
+        if before == content:
+            return content
+    raise InvalidPolicy(path.name, (Problem(1, 1, "", "does not stop changing"),))
+
+
+async def _ticks(path: Path) -> AsyncIterator[None]:
+    """Something may have happened to the file. Its folder is watched, since editors replace files; and looked at now
+    and then, since not every file system tells."""
+    with contextlib.suppress(ImportError, OSError, RuntimeError):  # not installed, no folder, out of watches
+        from watchfiles import awatch
+
+        folder, every = path.parent, int(POLL_S * 1000)
+        async for _ in awatch(folder, watch_filter=None, recursive=False, rust_timeout=every, yield_on_timeout=True):
+            yield
+    while True:
+        await asyncio.sleep(POLL_S)
+        yield

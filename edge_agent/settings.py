@@ -1,0 +1,119 @@
+"""What an administrator can set, by flag, `CAUSEWAY_*` variable or TOML file; checked before anything starts."""
+
+import stat
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from shared.config import InvalidSettings, Settings
+from shared.frames import WIRE_PATH
+from shared.serving import Tls, check_bind, is_loopback
+
+MAX_SECRET_BYTES = 4096
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class EdgeSettings(Settings):
+    """Sizes in tokens, times in seconds."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)] = "smollm2:135m"
+    """A name from the model store, or a GGUF file."""
+    host: Annotated[str, Field(min_length=1, max_length=253)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8484
+    """0: any free one."""
+    cloud: str | None = None
+    """`ws://HOST:PORT` or `wss://HOST:PORT`; none: everything is answered here."""
+    key_file: Path | None = None
+    """Holds the key that the cloud knows this device by; mode 0600."""
+    allow_plaintext: bool = False
+    """Permit `ws://` to another machine, say inside a VPN: the key and every prompt cross the network in the clear."""
+    no_cloud: bool = False
+    """Connect to no cloud, whatever else is set."""
+    policy: Path | None = None
+    slots: Annotated[int, Field(ge=1, le=64)] = 8
+    """How many requests the local model answers at once."""
+    context: Annotated[int, Field(ge=64, le=1 << 20)] | None = None
+    """Of one request, prompt and output together; none: what the model was trained for, within reason."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    queue: Annotated[int, Field(ge=0, le=4096)] = 64
+    """How many requests may wait for a slot."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    keys: Path | None = None
+    """Hashes of the keys that clients must show; none: on loopback any client is served."""
+    hosts: tuple[str, ...] = ()
+    """Names, besides the loopback ones and `host`, under which clients may ask for this server."""
+    origins: tuple[str, ...] = ()
+    """Web pages that may use it, as `https://name`."""
+    state_dir: Path | None = None
+    """Where the administration's token lies; none: the XDG state folder."""
+    drain_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 20.0
+    log_level: LogLevel = "info"
+
+    @field_validator("cloud")
+    @classmethod
+    def _with_wire_path(cls, url: str | None) -> str | None:
+        return None if url is None else cloud_url(url)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise PydanticCustomError("tls", "tls_cert and tls_key belong together")
+        return self
+
+    @property
+    def tls(self) -> Tls | None:
+        return Tls(self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None
+
+    @property
+    def cloud_in_use(self) -> str | None:
+        return None if self.no_cloud else self.cloud
+
+
+def check(settings: EdgeSettings) -> None:
+    """What would be unsafe to start with. Raises InvalidSettings."""
+    check_bind(settings.host, tls=settings.tls is not None, keys=settings.keys is not None)
+    url = settings.cloud_in_use
+    if url is None:
+        return
+    if settings.key_file is None:
+        raise InvalidSettings("cloud needs key_file, a file with the key it knows this device by", param="key_file")
+    parts = urlsplit(url)
+    if parts.scheme == "ws" and not is_loopback(parts.hostname or "") and not settings.allow_plaintext:
+        raise InvalidSettings("cloud: beyond loopback it must be wss:// (or set allow_plaintext)", param="cloud")
+
+
+def cloud_url(url: str) -> str:
+    """`ws://host:port`, with or without a path, as the address of the wire. No secret belongs in a URL."""
+    try:
+        parts = urlsplit(url)
+        port_fits = parts.port is None or parts.port > 0
+    except ValueError:
+        raise PydanticCustomError("url", "is not a URL") from None
+    if parts.scheme not in ("ws", "wss") or not parts.hostname or not port_fits:
+        raise PydanticCustomError("url", "must be ws://HOST:PORT or wss://HOST:PORT")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise PydanticCustomError("url", "must hold no user, password, query or fragment")
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") or WIRE_PATH, "", ""))
+
+
+def read_secret(path: Path, name: str) -> str:
+    """The one line of a secret's file. Raises InvalidSettings, also where other users could read it."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_SECRET_BYTES + 1)
+            mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise InvalidSettings(f"{name}: {path}: {error.strerror}", param=name) from error
+    if mode & stat.S_IROTH:
+        raise InvalidSettings(f"{name}: every user can read {path}: run `chmod 600` on it", param=name)
+    try:
+        secret = content.decode("ascii").strip()
+    except UnicodeDecodeError:
+        secret = ""
+    if not secret or not secret.isprintable() or " " in secret or len(content) > MAX_SECRET_BYTES:
+        raise InvalidSettings(f"{name}: {path} must hold one line of ASCII, the secret", param=name)
+    return secret
