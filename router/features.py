@@ -150,7 +150,7 @@ _CODE: Final = re.compile(
                      | \#include\s{0,8}[<"] | (?:pub[ ])?fn[ ]\w{1,80}[(<] | func[ ]\w{1,80}\( | function[ ]\w{0,80}\(
                      | (?:const|let|var)[ ]\w{1,80}[ ]?= | public[ ](?:static|class|void)\b | \#!/ )
     | \)[ ]?[;{][ \t]{0,40}$
-    | \bselect\b[^;\n]{1,200}\bfrom[ ]\w
+    | (?-i:\bSELECT\b[^;\n]{1,200}\bFROM[ ]\w) | \bselect[ ][*]
     | \b(?:python|javascript|typescript|c\+\+|golang|regexp?|sql|traceback|stack[ ]trace|segfault|refactor)(?!\w)
     """,
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,

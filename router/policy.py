@@ -75,7 +75,7 @@ def _spelled_out(value: object) -> object:
     if isinstance(value, Range | dict):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PydanticCustomError("not_limits", 'must be a number or limits such as {{">": 800}}')
+        raise PydanticCustomError("not_limits", 'must be a number or limits such as {">": 800}')
     return {"==": value}
 
 
