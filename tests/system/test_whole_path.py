@@ -1,50 +1,17 @@
 """Prompts through one endpoint, answered on the device or in the cloud, as a client sees it."""
 
-import json
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import local
 import openai
 import pytest
+from clients import HELLO, metric, sent_and_left, stream, text_of, until
 
 pytestmark = [pytest.mark.system, pytest.mark.model]
 
-HELLO = [{"role": "user", "content": "Say hello to the world."}]
 LONG = [{"role": "user", "content": "Tell a very long story about a river."}]
 ROUTES = ["edge", "cloud"]
-
-
-def metric(url: str, name: str, key: str = "any", **labels: str) -> float:
-    """Sum of a Prometheus sample over the label sets that have at least `labels`."""
-    text = httpx.get(f"{url}/metrics", headers={"authorization": f"Bearer {key}"}).raise_for_status().text
-    lines = [line for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
-    wanted = [f'{label}="{value}"' for label, value in labels.items()]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
-
-
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    """Poll until it holds; False if it never did."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if true():
-            return True
-        time.sleep(0.02)
-    return True if true() else False
-
-
-def stream(client: httpx.Client, **body: Any) -> tuple[list[dict[str, Any]], httpx.Headers]:
-    wanted = {"messages": HELLO, "max_tokens": 24, "temperature": 0, "stream": True}
-    with client.stream("POST", "/v1/chat/completions", json=wanted | body) as reply:
-        reply.raise_for_status()
-        return list(local.events(reply)), reply.headers
-
-
-def text_of(events: list[dict[str, Any]]) -> str:
-    return "".join(choice["delta"].get("content") or "" for event in events for choice in event.get("choices", []))
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -106,7 +73,7 @@ def test_the_official_client_works_unchanged(pair: Any, route: str) -> None:
         names = {model.id for model in client.models.list()}
 
     assert len(whole.choices) == 2
-    assert whole.usage is not None and whole.usage.completion_tokens >= 2
+    assert whole.usage.completion_tokens >= 2
     content = whole.choices[0].logprobs.content
     assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in content)
     assert [choice.message.content for choice in again.choices] == [choice.message.content for choice in whole.choices]
@@ -139,40 +106,17 @@ def test_many_clients_all_get_complete_answers(pair: Any, route: str, clients: i
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_leaves_stops_costing_compute(pair: Any, route: str, streaming: bool) -> None:
     """Within 2 s of the client's leaving nothing runs for it any more, on the side that was computing."""
-    url, name = (
-        (pair.edge.url, "causeway_edge_running") if route == "edge" else (pair.cloud.url, "causeway_engine_running")
-    )
+    name = "causeway_edge_running" if route == "edge" else "causeway_engine_running"
+    url = pair.edge.url if route == "edge" else pair.cloud.url
     body = {"model": route, "messages": LONG, "max_tokens": 1500, "ignore_eos": True, "stream": streaming}
 
     def computing() -> bool:
         return metric(url, name, pair.edge_key) > 0
 
-    with (
-        pair.client() as client,
-        client.stream("POST", "/v1/chat/completions", json=body) if streaming else _left(pair.edge.url, body),
-    ):
+    with sent_and_left(pair.edge.url, body):
         assert until(computing, 20)
 
     assert until(lambda: not computing(), 2)
-
-
-class _left:
-    """A raw request whose connection is closed without reading the reply."""
-
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
-        import socket
-
-        host, port = url.removeprefix("http://").split(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=10)
-        data = json.dumps(body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
-        self.socket.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-
-    def __enter__(self) -> "_left":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
 
 
 def test_over_long_prompts_are_refused_by_name_or_routed(pair: Any) -> None:
