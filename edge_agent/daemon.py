@@ -1,0 +1,112 @@
+"""The edge daemon's parts, put together. Nothing here listens or starts: `__main__` does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from edge_agent.agent import Agent
+from edge_agent.backends.base import LocalBackend, RemoteBackend
+from edge_agent.counts import RouteCounts
+from edge_agent.device import Device
+from edge_agent.intake import Intake
+from edge_agent.offload import Offload
+from edge_agent.policy_file import PolicyFile
+from router.features import VIRTUAL_MODELS
+from shared.schemas import ModelCard
+from shared.telemetry import RequestLog, RequestMetrics
+
+BREAKER_STATES = ("closed", "half_open", "open")
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """Requests enter at `intake`; everything else is there to be looked at."""
+
+    intake: Intake
+    agent: Agent
+    local: LocalBackend
+    offload: Offload | None
+    device: Device
+    policy: PolicyFile
+    counts: RouteCounts
+    registry: CollectorRegistry
+
+
+def put_together(local: LocalBackend, cloud: RemoteBackend | None, policy: PolicyFile) -> Daemon:
+    registry, counts, device = CollectorRegistry(), RouteCounts(), Device(local)
+    offload = Offload(cloud) if cloud is not None else None
+    agent = Agent(
+        local,
+        offload,
+        policy=lambda: policy.policy,
+        device=device.reading,
+        listeners=(RequestMetrics(registry), RequestLog(), counts),
+    )
+    daemon = Daemon(
+        intake=Intake(agent),
+        agent=agent,
+        local=local,
+        offload=offload,
+        device=device,
+        policy=policy,
+        counts=counts,
+        registry=registry,
+    )
+    registry.register(Gauges(daemon))
+    return daemon
+
+
+def model_cards(daemon: Daemon) -> tuple[ModelCard, ...]:
+    """The virtual models, then the real ones behind them. Wakes nothing."""
+    edge, link = daemon.local.model_card(), daemon.agent.link()
+    contexts = {"edge": edge.context_length, "cloud": link.context_length or edge.context_length}
+    contexts["auto"] = max(contexts.values())
+    virtual = [name for name in VIRTUAL_MODELS if name != "cloud" or link.configured]
+    cards = [ModelCard(id=name, context_length=contexts[name]) for name in virtual]
+    if link.model and link.model != edge.id:
+        return (*cards, edge, ModelCard(id=link.model, context_length=contexts["cloud"]))
+    return (*cards, edge)
+
+
+def health(daemon: Daemon) -> dict[str, Any]:
+    """`ok` while somebody could answer. Looks, and wakes nothing."""
+    link, edge = daemon.agent.link(), daemon.local.reading().available
+    answering = edge or (link.configured and link.connected)
+    status = "draining" if daemon.intake.draining else "ok" if answering else "unavailable"
+    cloud = ("connected" if link.connected else "disconnected") if link.configured else "none"
+    return {"status": status, "edge": "ready" if edge else "unavailable", "cloud": cloud}
+
+
+class Gauges(Collector):
+    """The state of the device and the link, read when Prometheus asks."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def collect(self) -> Iterator[Metric]:
+        runtime, link = self._daemon.local.reading(), self._daemon.agent.link()
+        yield _gauge("edge_queue_depth", "Requests waiting for a slot of the local model", runtime.queue_depth)
+        yield _gauge("edge_running", "Requests that the local model answers", runtime.running)
+        yield _gauge("edge_slots", "Requests that the local model can answer at once", runtime.slots)
+        yield _gauge("edge_available", "1 if the local model can answer", runtime.available)
+        yield _gauge("edge_tokens_per_second", "Decoded by all running requests", runtime.tokens_per_s)
+        yield _gauge("link_connected", "1 if connected to the cloud", link.connected)
+        yield _gauge("link_round_trip_seconds", "To the cloud and back", link.round_trip_s)
+        if self._daemon.offload is not None:
+            now = self._daemon.offload.breaker_state()
+            breaker = GaugeMetricFamily("causeway_breaker_state", "1 for the state it is in", labels=("state",))
+            for state in BREAKER_STATES:
+                breaker.add_metric((state,), float(state == now))
+            yield breaker
+        failures = CounterMetricFamily("causeway_policy_reload_failures", "Policy files rejected")
+        failures.add_metric((), self._daemon.policy.failures)
+        yield failures
+
+
+def _gauge(name: str, text: str, value: float | None) -> GaugeMetricFamily:
+    """Without a sample while nothing has been measured."""
+    return GaugeMetricFamily(f"causeway_{name}", text, value=None if value is None else float(value))

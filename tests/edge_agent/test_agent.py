@@ -1,0 +1,532 @@
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from edge_sides import HERE, LAST, THERE, Link, Local, Remote, Turns, ask, collect, text_of
+from fakes import ScriptedAnswer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.agent import Agent
+from edge_agent.device import Device
+from edge_agent.offload import Offload
+from router.policy import Policy, parse
+from shared.errors import (
+    BY_CODE,
+    BadRequest,
+    CausewayError,
+    ContextTooLong,
+    DeadlineExceeded,
+    Overloaded,
+    PolicyDenied,
+    UnknownModel,
+    Unreachable,
+    Unrecoverable,
+    UpstreamFailed,
+    from_code,
+)
+from shared.schemas import ChatRequest, Delta, Route
+from shared.telemetry import RequestFinished
+
+PREFER_CLOUD = "mode: prefer_cloud\nfirst_token_timeout_s: 5\n"
+
+
+class Edge:
+    """An Agent with both sides in the test's hands."""
+
+    def __init__(
+        self,
+        local: tuple[Any, ...] = HERE,
+        cloud: tuple[Any, ...] | None = THERE,
+        *,
+        policy: str = PREFER_CLOUD,
+        clock: Any = None,
+    ) -> None:
+        self.local = Local(ScriptedAnswer(*local))
+        self.remote = None if cloud is None else Remote(ScriptedAnswer(*cloud))
+        self.events: list[RequestFinished] = []
+        self.policy: Policy = parse(policy)
+        options = {} if clock is None else {"clock": clock}
+        self.offload = None if self.remote is None else Offload(self.remote, **options)
+        self.agent = Agent(
+            self.local,
+            self.offload,
+            policy=lambda: self.policy,
+            device=Device(self.local).reading,
+            listeners=(self.events.append,),
+        )
+
+    def local_requests(self) -> list[ChatRequest]:
+        return self.local.inner.requests  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def sent(self) -> list[ChatRequest]:
+        return self.remote.seen if self.remote else []
+
+
+def routes(deltas: list[Delta]) -> list[Route]:
+    return [delta.route for delta in deltas if delta.route]
+
+
+async def test_answers_here_by_default() -> None:
+    """A request that the policy keeps is answered by the device alone, and says so."""
+    edge = Edge(policy="mode: prefer_edge")
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert error is None
+    assert text_of(deltas) == "from here"
+    assert routes(deltas) == [Route(target="edge", reason="mode prefer_edge", model="small")] * 2
+    assert not edge.sent
+
+
+async def test_offloads_and_relays_unchanged() -> None:
+    """An offloaded answer is relayed delta by delta, nothing added but the route on its first and last delta."""
+    edge = Edge()
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert error is None
+    assert [delta.text for delta in deltas] == ["from ", "there", ""]
+    assert deltas[-1].usage == LAST.usage
+    assert [delta.route is not None for delta in deltas] == [True, False, True]
+    assert routes(deltas)[0] == Route(target="cloud", reason="mode prefer_cloud", model="large")
+    assert not edge.local_requests()
+
+
+async def test_route_stands_on_the_one_delta_of_a_short_answer() -> None:
+    """First and last delta may be the same one."""
+    edge = Edge(local=(LAST,), policy="mode: only_edge")
+
+    deltas, _ = await collect(edge.agent, ask())
+
+    assert [delta.route.target for delta in deltas if delta.route] == ["edge"]
+
+
+async def test_held_back_text_is_no_first_delta() -> None:
+    """Empty deltas before the first token are not relayed, so that the first one relayed carries the route."""
+    edge = Edge(local=(Delta(), Delta(), *HERE), policy="mode: only_edge")
+
+    deltas, _ = await collect(edge.agent, ask())
+
+    assert deltas[0].text == "from "
+    assert deltas[0].route is not None
+
+
+async def test_the_target_knows_its_model_best() -> None:
+    """The model that a side says it ran replaces the guess; the rest of the route stays the Agent's."""
+    said = Route(target="edge", reason="forged", failovers=9, model="large:v2")
+    edge = Edge(cloud=(Delta(text="x", tokens=1, route=said), LAST))
+
+    deltas, _ = await collect(edge.agent, ask())
+
+    assert routes(deltas)[0] == Route(target="cloud", reason="mode prefer_cloud", model="large:v2")
+
+
+# --- the one fallback rule ---------------------------------------------------------------------------------------
+
+RETRYABLE = sorted(code for code, cls in BY_CODE.items() if cls.retryable)
+FINAL = sorted(code for code, cls in BY_CODE.items() if not cls.retryable)
+
+
+@pytest.mark.parametrize("code", RETRYABLE)
+async def test_retryable_failure_before_the_first_token_falls_back(code: str) -> None:
+    """The edge answers instead, and the reply says that it did, and why."""
+    edge = Edge(cloud=(Delta(), from_code(code, "gone", source="cloud")))
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert error is None
+    assert text_of(deltas) == "from here"
+    assert {route.failovers for route in routes(deltas)} == {1}
+    assert routes(deltas)[0].target == "edge"
+    assert routes(deltas)[0].reason == f"cloud {code}: gone; answered by the edge"
+    assert len(edge.sent) == 1
+
+
+@pytest.mark.parametrize("code", FINAL)
+async def test_other_failures_do_not_fall_back(code: str) -> None:
+    """An error that trying again cannot cure is the answer."""
+    edge = Edge(cloud=(from_code(code, "no"),))
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert not deltas
+    assert error is not None
+    assert (error.code, error.source) == (code, "cloud")
+    assert not edge.local_requests()
+
+
+@pytest.mark.parametrize("code", sorted(BY_CODE))
+async def test_after_the_first_token_nothing_is_spliced(code: str) -> None:
+    """What was received is a prefix of what the cloud said, and then comes its error."""
+    edge = Edge(cloud=(*THERE[:1], from_code(code, "broke")))
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert text_of(deltas) == "from "
+    assert error is not None
+    assert error.code == code
+    assert not edge.local_requests()
+
+
+@pytest.mark.parametrize(
+    ("policy", "model"),
+    [
+        (PREFER_CLOUD + "fallback: none", "auto"),
+        ("mode: only_cloud", "auto"),
+        (PREFER_CLOUD, "cloud"),
+        (PREFER_CLOUD, "large"),
+    ],
+)
+async def test_no_fallback_where_it_is_not_permitted(policy: str, model: str) -> None:
+    """Policy or caller insist on the cloud: its failure is the answer, with who failed."""
+    edge = Edge(cloud=(Unreachable("gone"),), policy=policy)
+
+    deltas, error = await collect(edge.agent, ask(model=model))
+
+    assert not deltas
+    assert isinstance(error, Unreachable)
+    assert error.source == "cloud"
+    assert not edge.local_requests()
+
+
+async def test_edge_failures_never_send_a_request_away() -> None:
+    """Fallback goes to the edge only: a full queue here is an error, not a reason to offload what was to stay."""
+    edge = Edge(local=(Overloaded("queue full", retry_after=2),), policy="mode: prefer_edge")
+
+    _, error = await collect(edge.agent, ask())
+
+    assert isinstance(error, Overloaded)
+    assert (error.source, error.retry_after) == ("edge", 2)
+    assert not edge.sent
+
+
+async def test_failing_fallback_is_the_end() -> None:
+    """There is one fallback, no ping-pong: the edge's own error ends the request."""
+    edge = Edge(local=(Overloaded("queue full"),), cloud=(Unreachable("gone"),))
+
+    _, error = await collect(edge.agent, ask())
+
+    assert isinstance(error, Overloaded)
+    assert error.source == "edge"
+    assert len(edge.sent) == len(edge.local_requests()) == 1
+
+
+async def test_silent_cloud_is_given_up_after_the_policys_time() -> None:
+    """No first token within first_token_timeout_s: the cloud's work is cancelled and the edge answers."""
+    edge = Edge(cloud=(asyncio.Event(), *THERE), policy="mode: prefer_cloud\nfirst_token_timeout_s: 0.01")
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert error is None
+    assert text_of(deltas) == "from here"
+    assert routes(deltas)[0].reason.startswith(f"cloud {DeadlineExceeded.code}: ")
+    assert edge.remote is not None
+    assert edge.remote.inner.running == 0  # type: ignore[attr-defined]
+
+
+async def test_slow_tokens_after_the_first_are_no_timeout() -> None:
+    """The time limit is on the first token alone."""
+    edge = Edge(cloud=(THERE[0], 0.05, *THERE[1:]), policy="mode: prefer_cloud\nfirst_token_timeout_s: 0.02")
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert error is None
+    assert text_of(deltas) == "from there"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_stream_without_an_end_is_an_error(begun: bool) -> None:
+    """A side that stops without its last delta has failed; before its first token that is made good."""
+    edge = Edge(cloud=THERE[: 1 if begun else 0])
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert isinstance(error, UpstreamFailed) is begun
+    assert text_of(deltas) == ("from " if begun else "from here")
+
+
+async def test_nothing_follows_the_last_delta() -> None:
+    """Whatever a side says after its end is not relayed."""
+    edge = Edge(local=(*HERE, Delta(text="more", tokens=1), UpstreamFailed("late")), policy="mode: only_edge")
+
+    deltas, error = await collect(edge.agent, ask())
+
+    assert error is None
+    assert text_of(deltas) == "from here"
+
+
+async def test_reason_of_a_fallback_is_short_and_printable() -> None:
+    """Whatever text a peer puts into its error, the reason fits a header."""
+    edge = Edge(cloud=(Unreachable("a\u20ac" + "b" * 2000),))
+
+    deltas, _ = await collect(edge.agent, ask())
+
+    reason = routes(deltas)[0].reason
+    assert reason.isascii()
+    assert len(reason) < 200
+    assert reason.endswith("; answered by the edge")
+
+
+# --- promises ------------------------------------------------------------------------------------------------------
+
+STEP = st.one_of(
+    st.sampled_from([Delta(), Delta(text="a", tokens=1), Delta(text="b", tokens=1), LAST]),
+    st.sampled_from(sorted(BY_CODE)).map(lambda code: from_code(code, "scripted")),
+    st.sampled_from([ValueError("a bug"), TimeoutError("a bug")]),
+)
+SCRIPT = st.lists(STEP, max_size=6).map(tuple)
+MODES = ("prefer_edge", "prefer_cloud", "only_edge", "only_cloud")
+
+
+async def outcome(edge: Edge, request: ChatRequest) -> tuple[list[Delta], BaseException | None]:
+    deltas: list[Delta] = []
+    try:
+        async for delta in edge.agent.answer(request):
+            deltas.append(delta)  # noqa: PERF401  what came before an error counts
+    except (CausewayError, ValueError, TimeoutError) as error:
+        return deltas, error
+    return deltas, None
+
+
+@settings(max_examples=150, deadline=None)
+@given(here=SCRIPT, there=SCRIPT, mode=st.sampled_from(MODES), model=st.sampled_from(["auto", "edge", "cloud"]))
+def test_every_request_ends_once_with_a_prefix_of_one_side(here: Any, there: Any, mode: str, model: str) -> None:
+    """Promises 1 and 2: one terminal state, one event, and never a word of two models in one answer."""
+    edge, scripts = Edge(here, there, policy=f"mode: {mode}"), {"edge": here, "cloud": there}
+
+    deltas, error = asyncio.run(outcome(edge, ask(model=model)))
+
+    said = text_of(deltas)
+    finished = [delta for delta in deltas if delta.finish_reason is not None]
+    assert (error is None) == bool(finished)
+    assert len(finished) <= 1
+    assert len(edge.events) == 1
+    assert (edge.events[0].outcome == "done") == bool(finished)
+    whole = {
+        side: "".join(s.text for s in script if isinstance(s, Delta))
+        for side, script in (("edge", here), ("cloud", there))
+    }
+    if deltas:
+        assert deltas[0].route is not None
+        assert whole[deltas[0].route.target].startswith(said)
+        assert {route.target for route in routes(deltas)} == {deltas[0].route.target}
+    assert len(edge.sent) <= 1
+    assert len(edge.local_requests()) <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    here=SCRIPT,
+    there=SCRIPT,
+    mode=st.sampled_from(MODES),
+    model=st.sampled_from(["auto", "edge", "cloud", "small", "large", "none"]),
+    tokens=st.sampled_from([1, 5000, 100_000]),
+    available=st.booleans(),
+)
+def test_edge_only_puts_nothing_on_the_wire(
+    here: Any, there: Any, mode: str, model: str, tokens: int, available: bool
+) -> None:
+    """Promise 3: whatever fails, however long the prompt, whoever is asked for: the cloud's backend is not called."""
+    edge = Edge(here, there, policy=f"mode: {mode}\nrules: []")
+    edge.local.tokens = tokens
+    edge.local.runtime.available = available
+
+    asyncio.run(outcome(edge, ask(model=model, label="edge_only")))
+
+    assert not edge.sent
+
+
+async def test_label_is_checked_again_at_the_door() -> None:
+    """Even a decision for the cloud cannot send what is labelled edge_only."""
+    edge = Edge()
+    assert edge.offload is not None
+
+    with pytest.raises(PolicyDenied):
+        await anext(edge.offload.answer(ask(label="edge_only"), edge.policy))
+
+    assert not edge.sent
+
+
+@pytest.mark.parametrize("policy", ["mode: only_edge", "mode: only_cloud"])
+async def test_leaving_ends_the_work_behind(policy: str) -> None:
+    """Closing the stream closes the side that answers, and the event says cancelled."""
+    edge = Edge((HERE[0], asyncio.Event()), (THERE[0], asyncio.Event()), policy=policy)
+    behind = edge.local.inner if "edge" in policy else edge.remote.inner  # type: ignore[union-attr]
+
+    async with aclosing(edge.agent.answer(ask())) as deltas:
+        await anext(deltas)
+        assert behind.running == 1  # type: ignore[attr-defined]
+
+    assert behind.running == 0  # type: ignore[attr-defined]
+    assert [event.outcome for event in edge.events] == ["cancelled"]
+
+
+async def test_a_bug_in_one_side_is_reported_and_harms_nobody_else() -> None:
+    """An untyped exception ends its request, and the next one is served."""
+    edge = Edge(policy="mode: only_edge")
+    edge.local.inner = Turns((ValueError("a bug"),), HERE)
+
+    with pytest.raises(ValueError, match="a bug"):
+        [delta async for delta in edge.agent.answer(ask())]
+    deltas, error = await collect(edge.agent, ask())
+
+    assert error is None
+    assert text_of(deltas) == "from here"
+    assert [event.outcome for event in edge.events] == ["error", "done"]
+
+
+# --- what is measured, and what is refused ---------------------------------------------------------------------------
+
+
+async def test_long_prompts_are_refused_by_name_or_routed() -> None:
+    """What the device cannot take goes to the cloud; what neither takes is an error that says so."""
+    edge = Edge(policy="mode: prefer_edge")
+
+    edge.local.tokens = 5000
+    routed, _ = await collect(edge.agent, ask())
+    edge.local.tokens = 50_000
+    _, error = await collect(edge.agent, ask())
+
+    assert routes(routed)[0].target == "cloud"
+    assert isinstance(error, ContextTooLong)
+    assert error.param is not None
+
+
+@pytest.mark.parametrize("broken", [BadRequest("no template"), TimeoutError()])
+async def test_without_a_tokenizer_the_prompt_is_estimated(broken: Exception) -> None:
+    """A tokenizer that fails, or a model that is not there, does not keep a request from the cloud."""
+    edge = Edge()
+    edge.local.tokens = broken
+
+    deltas, _ = await collect(edge.agent, ask())
+    edge.local.runtime.available = False
+    without, _ = await collect(edge.agent, ask())
+
+    assert text_of(deltas) == text_of(without) == "from there"
+    assert edge.local.counted == 1
+
+
+async def test_unknown_models_are_named_with_the_known_ones() -> None:
+    """The error lists what there is; no side is asked."""
+    edge = Edge()
+
+    _, error = await collect(edge.agent, ask(model="gpt-17"))
+
+    assert isinstance(error, UnknownModel)
+    assert all(name in error.message for name in ("auto", "edge", "cloud", "small", "large"))
+    assert not edge.sent
+
+
+@pytest.mark.parametrize(
+    ("model", "target"), [("small", "edge"), ("edge", "edge"), ("large", "cloud"), ("cloud", "cloud")]
+)
+async def test_a_model_can_be_asked_for_by_name(model: str, target: str) -> None:
+    """Virtual and real names reach the side they mean."""
+    edge = Edge(policy="mode: prefer_edge")
+
+    deltas, _ = await collect(edge.agent, ask(model=model))
+
+    assert routes(deltas)[0].target == target
+
+
+async def test_works_with_no_cloud_at_all() -> None:
+    """Without a cloud everything is answered here, and the cloud by name is refused by name."""
+    edge = Edge(cloud=None)
+
+    deltas, _ = await collect(edge.agent, ask())
+    _, error = await collect(edge.agent, ask(model="cloud"))
+
+    assert text_of(deltas) == "from here"
+    assert isinstance(error, PolicyDenied)
+
+
+async def test_works_with_the_cloud_down_from_the_start() -> None:
+    """Never connected: answered here at once, with the reason."""
+    edge = Edge()
+    assert edge.remote is not None
+    edge.remote.state = Link(connected=False, model=None, context_length=None)
+
+    deltas, _ = await collect(edge.agent, ask())
+
+    assert text_of(deltas) == "from here"
+    assert "cloud is not connected" in routes(deltas)[0].reason
+    assert not edge.sent
+
+
+async def test_a_request_keeps_the_policy_it_was_decided_by() -> None:
+    """A reload while the cloud works changes nothing for the request under way."""
+    gate = asyncio.Event()
+    edge = Edge(cloud=(THERE[0], gate, *THERE[1:]))
+
+    async with aclosing(edge.agent.answer(ask())) as deltas:
+        first = await anext(deltas)
+        edge.policy = parse("mode: only_edge")
+        gate.set()
+        rest = [delta async for delta in deltas]
+
+    assert text_of([first, *rest]) == "from there"
+    assert (await collect(edge.agent, ask()))[0][0].route.target == "edge"  # type: ignore[union-attr]
+
+
+# --- the breaker -----------------------------------------------------------------------------------------------------
+
+BREAKER = PREFER_CLOUD + "breaker: {consecutive_failures: 2, cool_down_s: 10, probe_timeout_s: 5}"
+
+
+async def test_breaker_opens_probes_once_and_closes() -> None:
+    """After two failures nothing is sent; after the cool-down exactly one request probes; its success closes it."""
+    now, gate = [0.0], asyncio.Event()
+    edge = Edge(policy=BREAKER, clock=lambda: now[0])
+    assert edge.remote is not None
+    assert edge.offload is not None
+    edge.remote.inner = Turns((Unreachable("gone"),), (Unreachable("gone"),), (gate, *THERE), THERE)
+    edge.offload.reading()
+
+    for _ in range(4):
+        await collect(edge.agent, ask())
+    assert len(edge.sent) == 2
+    assert edge.offload.breaker_state() == "open"
+
+    now[0] = 10.5
+    probe = asyncio.create_task(collect(edge.agent, ask()))
+    await edge.remote.inner.scripts[2].begun.wait()
+    beside, _ = await collect(edge.agent, ask())
+    gate.set()
+    probed, _ = await probe
+    after, _ = await collect(edge.agent, ask())
+
+    assert text_of(beside) == "from here"
+    assert text_of(probed) == text_of(after) == "from there"
+    assert edge.offload.breaker_state() == "closed"
+    assert len(edge.sent) == 4
+
+
+@pytest.mark.parametrize("error", [BadRequest("no"), Unrecoverable("no")], ids=["the request's", "the cloud's"])
+async def test_the_requests_own_faults_do_not_open_the_breaker(error: CausewayError) -> None:
+    """Refusals that a request deserves show that the cloud lives; other errors count against it."""
+    edge = Edge(cloud=(error,), policy=BREAKER)
+    assert edge.offload is not None
+
+    for _ in range(5):
+        await collect(edge.agent, ask())
+
+    assert (edge.offload.breaker_state() == "closed") == isinstance(error, BadRequest)
+
+
+async def test_a_new_connection_is_probed_at_once() -> None:
+    """The link coming back ends the cool-down."""
+    edge = Edge(cloud=(Unreachable("gone"),), policy=BREAKER)
+    assert edge.remote is not None
+    assert edge.offload is not None
+    await collect(edge.agent, ask())
+    await collect(edge.agent, ask())
+    assert not edge.offload.reading().admitting
+
+    edge.remote.state = Link(connected=False)
+    edge.offload.reading()
+    edge.remote.state = Link(connected=True)
+
+    assert edge.offload.reading().admitting
