@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from router.document import shorten
-from router.facts import Case, Match, applicable, first_token_s
+from router.facts import Case, first_token_s, matched
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
@@ -67,10 +67,9 @@ OTHER: Final[Mapping[Target, Target]] = {"edge": "cloud", "cloud": "edge"}
 
 def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, link: LinkReading) -> Decision:
     """Raises UnknownModel, PolicyDenied, ContextTooLong, Overloaded or Unreachable when nobody may or can answer."""
-    case = Case(features, policy, device, link)
-    match = applicable(case)
-    barred = _barred(case, match)
-    choice = _reachable(case, barred, _preferred(case, match, barred))
+    case = matched(Case(features, policy, device, link))
+    barred = _barred(case)
+    choice = _reachable(case, barred, _preferred(case, barred))
     return Decision(
         target=choice.target,
         fallback="edge" if choice.target == "cloud" and _edge_may_stand_in(case, barred) and device.available else None,
@@ -84,13 +83,13 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
 # --- who may not answer -----------------------------------------------------------------------------------------------
 
 
-def label(case: Case, _: Match | None) -> Bar | None:
+def label(case: Case) -> Bar | None:
     if case.request.label != "edge_only":
         return None
     return Bar("cloud", "label", "label edge_only: stays on the device")
 
 
-def requested_model(case: Case, _: Match | None) -> Bar | None:
+def requested_model(case: Case) -> Bar | None:
     """`edge`, `cloud` and a real model's name each mean that side and no other; `auto` leaves it open."""
     wanted = case.request.model
     at_edge, at_cloud = wanted in ("edge", case.device.model), wanted in ("cloud", case.link.model)
@@ -103,7 +102,7 @@ def requested_model(case: Case, _: Match | None) -> Bar | None:
     raise _unknown_model(case)
 
 
-def mode(case: Case, _: Match | None) -> Bar | None:
+def mode(case: Case) -> Bar | None:
     match case.policy.mode:
         case "only_edge":
             return Bar("cloud", "mode", "mode only_edge")
@@ -113,22 +112,23 @@ def mode(case: Case, _: Match | None) -> Bar | None:
             return None
 
 
-def firm_rule(_: Case, match: Match | None) -> Bar | None:
+def firm_rule(case: Case) -> Bar | None:
     """A rule with `fallback: false`: its target or nobody."""
+    match = case.match
     if match is None or match.rule.fallback:
         return None
-    return Bar(OTHER[match.rule.target], match.label, f"{match.label}: {match.reason}")
+    return Bar(OTHER[match.rule.target], match.name, match.reason)
 
 
-def edge_context(case: Case, _: Match | None) -> Bar | None:
+def edge_context(case: Case) -> Bar | None:
     return _too_long(case, "edge", case.device.context_length)
 
 
-def cloud_context(case: Case, _: Match | None) -> Bar | None:
+def cloud_context(case: Case) -> Bar | None:
     return _too_long(case, "cloud", case.link.context_length)
 
 
-BARS: Final[tuple[Callable[[Case, Match | None], Bar | None], ...]] = (
+BARS: Final[tuple[Callable[[Case], Bar | None], ...]] = (
     label,
     requested_model,
     mode,
@@ -138,11 +138,11 @@ BARS: Final[tuple[Callable[[Case, Match | None], Bar | None], ...]] = (
 )
 
 
-def _barred(case: Case, match: Match | None) -> Mapping[Target, Bar]:
+def _barred(case: Case) -> Mapping[Target, Bar]:
     """Each barred side with the first bar against it."""
     barred: dict[Target, Bar] = {}
     for rule in BARS:
-        if bar := rule(case, match):
+        if bar := rule(case):
             barred.setdefault(bar.target, bar)
     if len(barred) == len(OTHER):
         raise _refusal(barred)
@@ -153,9 +153,8 @@ def _too_long(case: Case, target: Target, context_length: int | None) -> Bar | N
     needed = case.request.required_context
     if context_length is None or needed <= context_length:
         return None
-    return Bar(
-        target, f"{target}_context", f"needs {needed} tokens, the {target} takes {context_length}", too_long=True
-    )
+    reason = f"needs {needed} tokens, the {target} takes {context_length}"
+    return Bar(target, f"{target}_context", reason, too_long=True)
 
 
 def _refusal(barred: Mapping[Target, Bar]) -> CausewayError:
@@ -177,18 +176,11 @@ def _unknown_model(case: Case) -> CausewayError:
 # --- who should answer ------------------------------------------------------------------------------------------------
 
 
-def sole_side(_: Case, __: Match | None, barred: Mapping[Target, Bar]) -> Choice | None:
-    """The other side is barred, and that is the reason."""
-    for bar in barred.values():
-        return Choice(OTHER[bar.target], bar.rule, (bar.reason,))
-    return None
+def administrator(case: Case) -> Choice | None:
+    return Choice(case.match.rule.target, case.match.name, (case.match.reason,)) if case.match else None
 
 
-def administrator(_: Case, match: Match | None, __: Mapping[Target, Bar]) -> Choice | None:
-    return Choice(match.rule.target, match.label, (f"{match.label}: {match.reason}",)) if match else None
-
-
-def roomier_context(case: Case, _: Match | None, __: Mapping[Target, Bar]) -> Choice | None:
+def roomier_context(case: Case) -> Choice | None:
     """The prompt fits both sides, but on one of them a usual answer would be cut short."""
     needed = case.request.needs_context
     limits: dict[Target, int | None] = {"edge": case.device.context_length, "cloud": case.link.context_length}
@@ -199,20 +191,21 @@ def roomier_context(case: Case, _: Match | None, __: Mapping[Target, Bar]) -> Ch
     return Choice(OTHER[cramped[0]], "roomier_context", (reason,))
 
 
-def standing_preference(case: Case, _: Match | None, __: Mapping[Target, Bar]) -> Choice:
+def standing_preference(case: Case) -> Choice:
     return Choice("cloud" if case.policy.mode == "prefer_cloud" else "edge", "mode", (f"mode {case.policy.mode}",))
 
 
-PREFERENCES: Final[tuple[Callable[[Case, Match | None, Mapping[Target, Bar]], Choice | None], ...]] = (
-    sole_side,
+PREFERENCES: Final[tuple[Callable[[Case], Choice | None], ...]] = (
     administrator,
     roomier_context,
     standing_preference,
 )
 
 
-def _preferred(case: Case, match: Match | None, barred: Mapping[Target, Bar]) -> Choice:
-    return next(choice for rule in PREFERENCES if (choice := rule(case, match, barred)))
+def _preferred(case: Case, barred: Mapping[Target, Bar]) -> Choice:
+    for bar in barred.values():  # one at most: the other side is left, and why is the reason
+        return Choice(OTHER[bar.target], bar.rule, (bar.reason,))
+    return next(choice for rule in PREFERENCES if (choice := rule(case)))
 
 
 # --- who cannot just now ----------------------------------------------------------------------------------------------
@@ -268,19 +261,25 @@ def _reachable(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> Choi
     if out is None:
         return choice
     other = OTHER[choice.target]
-    other_out = _outage(case, other)
-    if other in barred:
-        obstacle = barred[other].reason
-    elif other == "edge" and not _edge_may_stand_in(case, barred):
-        obstacle = "fallback none"
-    elif other_out and (other_out.error or not out.error):
-        obstacle = other_out.reason
-    else:
+    obstacle = _obstacle(case, barred, other, out)
+    if obstacle is None:
         return Choice(other, out.rule, (out.reason, *choice.reasons))
     if out.error is None:
         return Choice(choice.target, choice.rule, (*choice.reasons, out.reason))
     retry_after = case.link.retry_after_s if choice.target == "cloud" else None
     raise out.error(f"{out.reason}; not the {other}: {obstacle}", source=choice.target, retry_after=retry_after)
+
+
+def _obstacle(case: Case, barred: Mapping[Target, Bar], other: Target, out: Outage) -> str | None:
+    """What keeps `other` from standing in for the side that is out."""
+    if other in barred:
+        return barred[other].reason
+    if other == "edge" and not _edge_may_stand_in(case, barred):
+        return "fallback none"
+    other_out = _outage(case, other)
+    if other_out and (other_out.error or not out.error):  # one that is merely bad is better than one that is out
+        return other_out.reason
+    return None
 
 
 def _edge_may_stand_in(case: Case, barred: Mapping[Target, Bar]) -> bool:

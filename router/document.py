@@ -17,6 +17,7 @@ from shared.errors import BadRequest
 
 MAX_BYTES: Final = 256 * 1024
 MAX_DEPTH: Final = 16
+MAX_VALUES: Final = 20_000  # read in under a second, where 256 KiB of `1,1,1` would take four
 MAX_INT_DIGITS: Final = 18
 
 Value = str | int | float | bool | tuple["Value", ...] | dict[str, "Value"]
@@ -136,6 +137,10 @@ def _events(text: str) -> Iterator[yaml.Event]:
         raise _Fault(TOP, "not YAML") from None
 
 
+def _fault(event: yaml.Event, message: str, path: Path = ()) -> _Fault:
+    return _Fault(_mark(event.start_mark), message, path)
+
+
 def _mark(mark: Any) -> Mark:
     """Of PyYAML's mark, which counts from 0, or of None."""
     return (mark.line + 1, mark.column + 1) if mark else TOP
@@ -159,13 +164,15 @@ class _Reader:
         next(self._events)  # the document's end
         after = next(self._events)
         if not isinstance(after, yaml.StreamEndEvent):
-            raise _Fault(_mark(after.start_mark), "only one document is allowed")
+            raise _fault(after, "only one document is allowed")
         return Document(value, self._marks)
 
     def _value(self, path: Path, event: yaml.Event) -> Value:
-        _refuse_unplain(path, event)
+        _refuse_extras(path, event)
+        if len(self._marks) > MAX_VALUES:
+            raise _fault(event, f"more than {MAX_VALUES} values", path)
         if len(path) > MAX_DEPTH:
-            raise _Fault(_mark(event.start_mark), f"nested more than {MAX_DEPTH} deep", path[:4])
+            raise _fault(event, f"nested more than {MAX_DEPTH} deep", path[:4])
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(path)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -175,12 +182,12 @@ class _Reader:
     def _mapping(self, path: Path) -> dict[str, Value]:
         found: dict[str, Value] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            _refuse_unplain(path, event)
+            _refuse_extras(path, event)
             if not isinstance(event, yaml.ScalarEvent):
-                raise _Fault(_mark(event.start_mark), "a key must be text", path)
+                raise _fault(event, "a key must be text", path)
             key = event.value
             if key in found:
-                raise _Fault(_mark(event.start_mark), "written twice", (*path, key))
+                raise _fault(event, "written twice", (*path, key))
             self._marks[*path, key] = _mark(event.start_mark)
             found[key] = self._value((*path, key), next(self._events))
         return found
@@ -194,14 +201,14 @@ class _Reader:
         return tuple(found)
 
 
-def _refuse_unplain(path: Path, event: yaml.Event) -> None:
-    """Aliases first: ten nested lines of them would be a billion values."""
-    if isinstance(event, yaml.NodeEvent) and event.anchor is not None:  # an alias is an event with an anchor, too
-        raise _Fault(_mark(event.start_mark), "anchors and aliases are not allowed", path)
+def _refuse_extras(path: Path, event: yaml.Event) -> None:
+    """Of YAML's extras, aliases are the worst: nine lines of them can mean a billion values."""
+    if isinstance(event, yaml.NodeEvent) and event.anchor is not None:  # as an alias has, too
+        raise _fault(event, "anchors and aliases are not allowed", path)
     if getattr(event, "tag", None) is not None:
-        raise _Fault(_mark(event.start_mark), "tags are not allowed", path)
+        raise _fault(event, "tags are not allowed", path)
     if isinstance(event, yaml.ScalarEvent) and _SURROGATE.search(event.value):
-        raise _Fault(_mark(event.start_mark), "half a surrogate pair is no character", path)
+        raise _fault(event, "half a surrogate pair is no character", path)
 
 
 def _scalar(path: Path, event: Any) -> Value:
@@ -209,13 +216,14 @@ def _scalar(path: Path, event: Any) -> Value:
     if event.style is not None:  # quoted or a block: text, whatever it looks like
         return text
     if _NULL.fullmatch(text):
-        raise _Fault(_mark(event.start_mark), "a value is missing", path)
+        raise _fault(event, "a value is missing", path)
     if text in _BOOL:
         return _BOOL[text]
     if _INT.fullmatch(text):
         if len(text.lstrip("+-")) > MAX_INT_DIGITS:
-            raise _Fault(_mark(event.start_mark), f"a number of more than {MAX_INT_DIGITS} digits", path)
+            raise _fault(event, f"a number of more than {MAX_INT_DIGITS} digits", path)
         return int(text)
-    if _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and not math.isfinite(float(text))):
-        raise _Fault(_mark(event.start_mark), "not a finite number", path)
-    return float(text) if _FLOAT.fullmatch(text) else text
+    number = _FLOAT.fullmatch(text) and float(text)
+    if _NOT_FINITE.fullmatch(text) or (number is not None and not math.isfinite(number)):
+        raise _fault(event, "not a finite number", path)
+    return text if number is None else number

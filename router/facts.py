@@ -4,12 +4,24 @@ A new condition is a field of `policy.When` and a line of FACTS; a test holds th
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, Range, Rule, When
 from shared.schemas import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A rule that applies. `reason` shows the conditions that held, like `rule long: prompt_tokens 1200 > 800`."""
+
+    rule: Rule
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return f"rule {self.rule.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +32,8 @@ class Case:
     policy: Policy
     device: DeviceReading
     link: LinkReading
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The administrator's rule that applies, and the conditions that held, with what was measured."""
-
-    rule: Rule
-    reason: str
-
-    @property
-    def label(self) -> str:
-        return f"rule {self.rule.name}"
+    match: Match | None = None
+    """The administrator's rule that applies: see `matched`."""
 
 
 Fact = float | str | bool | None
@@ -79,14 +81,17 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
 }
 
 
-def applicable(case: Case) -> Match | None:
-    """The first rule whose conditions hold. A rule for the cloud does not apply to a request that may not go there."""
+def matched(case: Case) -> Case:
+    """The case with the first rule whose conditions hold.
+
+    A rule for the cloud does not apply to an edge_only request, which may not go there.
+    """
     for rule in case.policy.rules:
         if rule.target == "cloud" and case.request.label == "edge_only":
             continue
-        if (reason := _held(rule.when, case)) is not None:
-            return Match(rule, reason)
-    return None
+        if (held := _held(rule.when, case)) is not None:
+            return replace(case, match=Match(rule, f"rule {rule.name}: {held}"))
+    return case
 
 
 def _held(when: When, case: Case) -> str | None:
@@ -96,9 +101,8 @@ def _held(when: When, case: Case) -> str | None:
         value = FACTS[name](case)
         if value is None or not _holds(condition, value):
             return None
-        said.append(
-            f"{name} {_spelled(value)} {condition}" if isinstance(condition, Range) else f"{name} {_spelled(value)}"
-        )
+        limits = f" {condition}" if isinstance(condition, Range) else ""
+        said.append(f"{name} {_spelled(value)}{limits}")
     return ", ".join(said) or "always"
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,9 +59,7 @@ def test_marks_point_at_keys_and_items():
     }
 
 
-BOMB = "a: &a [x, x]\n" + "".join(
-    f"{name}: &{name} [*{prior}, *{prior}]\n" for prior, name in zip("abcdefgh", "bcdefghi")
-)
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghi"))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("a: 1\nb: " + "[" * 40 + "]" * 40, 2, "b[0][0][0]", "nested more than 16 deep"),
         ("[" * 200_000, 1, "[0][0][0][0]", "nested more than 16 deep"),
         ("{a: " * 50_000, 1, "a.a.a.a", "nested more than 16 deep"),
+        ("a: 1\nb: [" + "1," * 120_000 + "]", 2, "b[19997]", "more than 20000 values"),
         ("a: 1\n b: 2", 2, "", "not YAML"),
         ("a: [1, 2", 1, "", "not YAML"),
         ("a: 'x", 1, "", "not YAML"),

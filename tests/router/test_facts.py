@@ -1,6 +1,6 @@
 import pytest
 
-from router.facts import FACTS, Case, applicable, first_token_s
+from router.facts import FACTS, Case, first_token_s, matched
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, Range, Rule, When
 
@@ -71,7 +71,7 @@ def test_facts(name, value, unknown):
     ],
 )
 def test_edge_first_token(device, seconds):
-    """Those waiting are answered first (200 tokens each), then 1,200 tokens prefilled; what is unmeasured is unknown."""
+    """Those waiting are answered first (200 tokens each), then 1,200 tokens prefilled; unmeasured is unknown."""
     assert first_token_s(case(device=device), "edge") == seconds
 
 
@@ -94,8 +94,8 @@ def test_edge_first_token(device, seconds):
 )
 def test_conditions(when, reason):
     """All conditions must hold, and the reason shows each with what was measured."""
-    match = applicable(case(Rule(name="r", when=when, target="cloud")))
-    assert (match and match.reason) == reason
+    match = matched(case(Rule(name="r", when=when, target="cloud"))).match
+    assert (match and match.reason) == (reason and f"rule r: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_conditions(when, reason):
 )
 def test_what_is_not_measured_holds_for_no_condition(when):
     """An unknown is neither large nor small, neither true nor false."""
-    assert applicable(case(Rule(name="r", when=when, target="cloud"), device=BARE, link=NO_CLOUD)) is None
+    assert matched(case(Rule(name="r", when=when, target="cloud"), device=BARE, link=NO_CLOUD)).match is None
 
 
 def test_the_first_rule_that_holds_applies():
@@ -119,7 +119,7 @@ def test_the_first_rule_that_holds_applies():
         Rule(name="first", when=When(code=True), target="cloud"),
         Rule(name="second", when=When(code=True), target="edge"),
     )
-    match = applicable(case(*rules))
+    match = matched(case(*rules)).match
     assert match is not None
     assert match.rule.name == "first"
 
@@ -128,6 +128,6 @@ def test_rules_for_the_cloud_do_not_see_edge_only_requests():
     """Such a request is looked at by the next rule instead."""
     request = RequestFeatures(prompt_tokens=1, label="edge_only")
     rules = (Rule(name="up", when=When(label="edge_only"), target="cloud"), Rule(name="down", target="edge"))
-    match = applicable(case(*rules, request=request))
+    match = matched(case(*rules, request=request)).match
     assert match is not None
     assert match.rule.name == "down"

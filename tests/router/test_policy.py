@@ -25,8 +25,8 @@ def test_everything_that_can_be_written():
         expected_output_tokens: 99
         first_token_timeout_s: 2.5
         max_round_trip_ms: 500
-        breaker:
-          {consecutive_failures: 5, window: 10, failure_ratio: 0.3, cool_down_s: 1, max_cool_down_s: 9, probe_timeout_s: 4}
+        breaker: {consecutive_failures: 5, window: 10, failure_ratio: 0.3,
+                  cool_down_s: 1, max_cool_down_s: 9, probe_timeout_s: 4}
         rules:
           - name: first
             when: {prompt_tokens: {">": 800, "<=": 900}, code: true, label: free, model: [auto, b], turns: 3}
