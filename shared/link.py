@@ -123,6 +123,12 @@ class ClientSession:
             self._wire.control(Cancel(stream.sid), now)
         self._wake()
 
+    def abandon(self, now: float) -> None:
+        """Close for good: every request is cancelled, and its reader told that the link is gone."""
+        for stream in list(self._streams):
+            stream.finish(Unreachable("the connection to the cloud is closed", source="edge"))
+            self.cancel(stream, now)
+
     @property
     def wants_connection(self) -> bool:
         return self._wire is None and bool(self._streams)

@@ -26,6 +26,8 @@ class Registry:
         self.epoch = epoch
         self.rules = rules
         self.draining = False
+        self.changed = False
+        """Whether `next_deadline` may have changed since it was last asked."""
         self._new_token = new_token
         self._tenants: dict[str, _Tenant] = {}
 
@@ -92,10 +94,12 @@ class Registry:
         if execution.attached is attachment:
             execution.attached = None
             execution.idle_since = now
+            self.changed = True
 
     def retire(self, execution: Execution, now: float) -> None:
         """Forget the output; remember, for the resume time, that this request was answered."""
         execution.attached = None
+        self.changed = True
         kept = self._tenants.get(execution.tenant)
         if kept is None or kept.live.pop(execution.request_id, None) is None:
             return
@@ -104,6 +108,7 @@ class Registry:
         kept.over[execution.request_id] = (execution.sha256, now + self.rules.limits.resume_ttl)
 
     def next_deadline(self) -> float | None:
+        self.changed = False
         times = [self._expiry(execution) for execution in self.executions() if execution.attached is None]
         times += [next(iter(kept.over.values()))[1] for kept in self._tenants.values() if kept.over]
         return min(times, default=None)
