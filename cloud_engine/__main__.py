@@ -1,0 +1,168 @@
+"""The command line of the cloud: `serve`, `keys new`, `bench`. Builds and wires the parts; torch only when needed."""
+
+import asyncio
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from prometheus_client import CollectorRegistry
+from typer.core import TyperCommand
+
+from cloud_engine.gateway.auth import Keys, new_key
+from cloud_engine.settings import CloudSettings
+from shared.config import load
+from shared.errors import CausewayError
+from shared.frames import MAX_FRAME
+from shared.models import default_store, resolve, verify
+from shared.serving import Tls, check_bind
+from shared.serving import serve as serve_app
+from shared.telemetry import RequestLog, set_up_logging
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
+app.add_typer(keys_app, name="keys")
+
+CLOSE_S = 3.0
+"""What draining may take beyond its limit, to say goodbye."""
+
+
+class SeveralValues(TyperCommand):
+    """Lets an option that may be repeated take several values at once: `--n 1 8 32` is `--n 1 --n 8 --n 32`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        return super().parse_args(ctx, repeated(args, several))
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help="name in the model store, folder, or GGUF file")] = None,
+    host: Annotated[str | None, typer.Option(help="beyond loopback needs --keys and TLS")] = None,
+    port: Annotated[int | None, typer.Option(help="0 chooses one and prints it")] = None,
+    keys: Annotated[Path | None, typer.Option(help="key file; without it loopback needs no key")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    kv_blocks: Annotated[int | None, typer.Option(help="blocks of the KV cache; 0 sizes it by kv_bytes")] = None,
+    model_len: Annotated[int | None, typer.Option(help="longest sequence, prompt and output")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="sequences in one batch")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="token budget of one step")] = None,
+    concurrent: Annotated[int | None, typer.Option(help="requests at once of one tenant")] = None,
+    tls_cert: Annotated[Path | None, typer.Option()] = None,
+    tls_key: Annotated[Path | None, typer.Option()] = None,
+    log_level: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    """Serve one model over HTTP and the WebSocket. Any other setting: the file, or CAUSEWAY_<NAME>."""
+    flags = {name: value for name, value in locals().items() if name != "config"}
+    settings = load(CloudSettings, config, os.environ, flags)
+    asyncio.run(_serve(settings))
+
+
+@keys_app.command("new")
+def keys_new(
+    tenant: Annotated[str, typer.Option(help="whom the key's use is counted to")] = "default",
+    keys: Annotated[Path | None, typer.Option(help="key file, made with mode 0600 if need be")] = None,
+) -> None:
+    """Make a key and show it, once."""
+    file = keys or _default_keys()
+    token = new_key(file, tenant, now=datetime.now(UTC))
+    typer.echo(f"added a key of {tenant} to {file}; it is shown only now:", err=True)
+    typer.echo(token)
+
+
+@app.command(cls=SeveralValues)
+def bench(
+    model: Annotated[str, typer.Option(help="name in the model store, folder, or GGUF file")],
+    n: Annotated[list[int], typer.Option("--n", min=1, help="sequences at once; several rows: --n 1 8 32")] = [
+        1,
+        8,
+        32,
+        64,
+    ],  # noqa: B006
+    prompt_tokens: Annotated[int, typer.Option("--in", min=1, help="prompt tokens of each")] = 128,
+    output_tokens: Annotated[int, typer.Option("--out", min=1, help="output tokens of each")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Measure the engine alone: one JSON object a line, `n in out wall_s out_tok_s`."""
+    settings = load(CloudSettings, None, {}, {"model": model, "dtype": dtype, "device": device})
+    path = _resolved(settings.model)
+    from cloud_engine.bench import run
+
+    for row in run(
+        path, n=tuple(n), prompt_tokens=prompt_tokens, output_tokens=output_tokens, config=settings.engine_config()
+    ):
+        typer.echo(row)
+
+
+async def _serve(settings: CloudSettings) -> None:
+    set_up_logging(settings.log_level)
+    check_bind(settings.host, tls=settings.tls_cert is not None, keys=settings.keys is not None)
+    keys = Keys(settings.keys) if settings.keys else None
+    path = _resolved(settings.model)
+    verify(path)
+    from cloud_engine.engine.serving import load_engine
+    from cloud_engine.gateway.server import Gateway
+
+    engine = load_engine(path, settings.engine_config())
+    await engine.start()
+    try:
+        gateway = Gateway(
+            engine,
+            engine.model_card(),
+            keys=keys,
+            limits=settings.tenant_limits(),
+            guard=settings.guard(),
+            registry=CollectorRegistry(),
+            listeners=(RequestLog(),),
+        )
+        tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+        await serve_app(
+            gateway.app,
+            settings.host,
+            settings.port,
+            tls=tls,
+            drain=lambda: gateway.drain(settings.drain_s),
+            drain_s=settings.drain_s + CLOSE_S,
+            ws_max_size=MAX_FRAME,
+        )
+    finally:
+        await engine.aclose()
+
+
+def _resolved(model: str) -> Path:
+    return resolve(model, store=default_store(os.environ, Path.home()))
+
+
+def _default_keys() -> Path:
+    base = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".config") / "causeway" / "cloud-keys"
+
+
+def repeated(args: list[str], several: set[str]) -> list[str]:
+    """Put an option that takes several values before each of them."""
+    result: list[str] = []
+    current: str | None = None
+    for arg in args:
+        if arg.startswith("--"):
+            current = arg if arg in several else None
+            result += [] if current else [arg]
+        else:
+            result += [current, arg] if current else [arg]
+    return result
+
+
+def main() -> None:
+    """Console entry: a typed error is one line on stderr and exit code 2."""
+    try:
+        app()
+    except CausewayError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

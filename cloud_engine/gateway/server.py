@@ -1,0 +1,227 @@
+"""The gateway: the engine behind keys and limits, over HTTP and over the WebSocket, and its metrics."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cloud_engine.gateway.auth import Keys
+from cloud_engine.gateway.limits import Limiter, TenantLimits
+from cloud_engine.gateway.socket import SocketEndpoint
+from shared.errors import Overloaded, UnknownModel
+from shared.executions import Rules
+from shared.frames import Limits
+from shared.guard import Guard
+from shared.http import create_app
+from shared.schemas import Answer, ChatRequest, Delta, ModelCard, Route, Usage
+from shared.telemetry import Listener, RequestMetrics, observed
+
+VIRTUAL_MODELS = ("auto", "cloud")
+"""Names that every cloud engine answers to, whatever it runs."""
+LOCAL_TENANT = "local"
+PROMPT_CHARS_PER_TOKEN = 4
+UNBOUNDED_OUTPUT = 512
+"""Tokens reserved for a request that names no `max_tokens`; settled by what it uses."""
+
+_GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total")
+_COUNTERS = ("prefix_hit_tokens", "prefix_query_tokens", "preemptions", "generated_tokens")
+
+
+class EngineStats(Protocol):
+    """A snapshot of the engine: gauges, and totals since its start."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
+    @property
+    def prefix_hit_tokens(self) -> int: ...
+    @property
+    def prefix_query_tokens(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def generated_tokens(self) -> int: ...
+
+
+class ServedEngine(Answer, Protocol):
+    """What the gateway needs of an engine."""
+
+    def stats(self) -> EngineStats: ...
+
+
+class Gateway:
+    """Everything between a socket and the engine. `app` is the ASGI application to serve.
+
+    Without `keys`, whoever can connect is the tenant `local`: for loopback only, see `shared.serving.check_bind`.
+    """
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        card: ModelCard,
+        *,
+        keys: Keys | None,
+        limits: TenantLimits,
+        guard: Guard,
+        registry: CollectorRegistry,
+        listeners: tuple[Listener, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.draining = False
+        self._engine = engine
+        self._card = card
+        self._keys = keys
+        self._limiter = Limiter(limits)
+        self._clock = clock
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._listeners = (RequestMetrics(registry), *listeners)
+        registry.register(EngineCollector(engine))
+        self.cards = tuple(msgspec.structs.replace(card, id=name) for name in (card.id, *VIRTUAL_MODELS))
+        self._socket = SocketEndpoint(
+            answer_for=self._tenants_answer,
+            authenticate=self._tenant_of,
+            rules=Rules(limits=Limits(max_prompt=guard.max_body), models=self.cards),
+            origins=guard.origins,
+            listeners=self._listeners,
+        )
+        self.app = self._build_app(guard, registry)
+
+    async def drain(self, limit_s: float) -> None:
+        """Take nothing new; return when nothing runs and the sockets are told, or after `limit_s` seconds."""
+        self.draining = True
+        await asyncio.gather(self._socket.drain(limit_s), self._wait_idle(limit_s))
+
+    def health(self) -> dict[str, Any]:
+        stats = self._engine.stats()
+        status = "draining" if self.draining else "ok"
+        return {"status": status, "model": self._card.id, "running": stats.running, "waiting": stats.waiting}
+
+    def _build_app(self, guard: Guard, registry: CollectorRegistry) -> FastAPI:
+        app = create_app(
+            answer_for=self._http_answer,
+            models=lambda: self.cards,
+            health=self.health,
+            registry=registry,
+            source="cloud",
+            guard=guard,
+        )
+        app.router.routes.append(self._socket.route())
+        return app
+
+    def _tenant_of(self, headers: Mapping[str, str]) -> str:
+        return self._keys.tenant_of(headers) if self._keys else LOCAL_TENANT
+
+    def _http_answer(self, headers: Mapping[str, str]) -> Answer:
+        return _Observed(self._tenants_answer(self._tenant_of(headers)), self._listeners, self._clock)
+
+    def _tenants_answer(self, tenant: str) -> "TenantAnswer":
+        return TenantAnswer(self, tenant)
+
+    async def answer(self, request: ChatRequest, tenant: str) -> AsyncGenerator[Delta, None]:
+        """One request of one tenant: admitted, counted, answered by the engine, its route said."""
+        if self.draining:
+            raise Overloaded("the server is draining", source="cloud", retry_after=1.0)
+        self._check_model(request)
+        reserved, used, first = _reservation(request), 0, True
+        self._limiter.enter(tenant, reserved, self._clock())
+        self._count(1)
+        try:
+            async with aclosing(self._engine.answer(request)) as deltas:
+                async for delta in deltas:
+                    used = _total(delta.usage) if delta.usage else used + delta.tokens
+                    yield self._said(delta, first=first)
+                    first = False
+        finally:
+            self._limiter.leave(tenant, reserved, used)
+            self._count(-1)
+
+    def _check_model(self, request: ChatRequest) -> None:
+        names = [card.id for card in self.cards]
+        if request.model not in names:
+            raise UnknownModel(f"no such model here; there are {', '.join(names)}", param="model", source="cloud")
+
+    def _said(self, delta: Delta, *, first: bool) -> Delta:
+        """The first and the last delta say who answers."""
+        if not first and delta.finish_reason is None:
+            return delta
+        return msgspec.structs.replace(delta, route=Route(target="cloud", reason="requested", model=self._card.id))
+
+    def _count(self, by: int) -> None:
+        self._running += by
+        if self._running:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    async def _wait_idle(self, limit_s: float) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return
+
+
+class TenantAnswer:
+    """The engine, as one tenant sees it."""
+
+    def __init__(self, gateway: Gateway, tenant: str) -> None:
+        self._gateway = gateway
+        self.tenant = tenant
+
+    def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        return self._gateway.answer(request, self.tenant)
+
+
+class _Observed:
+    """Over HTTP, each request is one usage event; over the socket its endpoint sees to that."""
+
+    def __init__(self, inner: TenantAnswer, listeners: tuple[Listener, ...], clock: Callable[[], float]) -> None:
+        self._inner = inner
+        self._listeners = listeners
+        self._clock = clock
+
+    def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        deltas = self._inner.answer(request)
+        return observed(deltas, request, self._listeners, tenant=self._inner.tenant, clock=self._clock)
+
+
+class EngineCollector(Collector):
+    """The engine's own numbers, read when somebody asks for the metrics."""
+
+    def __init__(self, engine: ServedEngine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        for name in _GAUGES:
+            yield GaugeMetricFamily(f"causeway_engine_{name}", _title(name), value=getattr(stats, name))
+        for name in _COUNTERS:
+            yield CounterMetricFamily(f"causeway_engine_{name}", _title(name), value=getattr(stats, name))
+
+
+def _title(name: str) -> str:
+    return f"{name.replace('_', ' ').replace('kv', 'KV').capitalize()} of the engine"
+
+
+def _reservation(request: ChatRequest) -> int:
+    """Tokens charged before the request is tokenized; settled by its real usage."""
+    chars = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
+    return chars // PROMPT_CHARS_PER_TOKEN + (request.sampling.max_tokens or UNBOUNDED_OUTPUT)
+
+
+def _total(usage: Usage) -> int:
+    return usage.prompt_tokens + usage.completion_tokens

@@ -1,0 +1,83 @@
+"""What `cloud-engine serve` can be told, by flag, `CAUSEWAY_<NAME>` or file. Each option is declared here, once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cloud_engine.engine.config import DType, EngineConfig
+from cloud_engine.gateway.limits import TenantLimits
+from shared.config import Settings
+from shared.guard import Guard
+
+
+def _split(value: object) -> object:
+    """An environment variable holds a list as `a,b`."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[frozenset[str], BeforeValidator(_split)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
+class CloudSettings(Settings):
+    """Settings of the cloud engine. Sizes in bytes, times in seconds; 0 means "choose for me" or "no limit"."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A name from the model store, a folder in Hugging Face layout, or a GGUF file."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8585
+    keys: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    hosts: Names = frozenset()
+    """Names besides loopback under which clients may address this server (the Host header)."""
+    origins: Names = frozenset()
+    """Web origins whose pages may use this server from a browser."""
+    max_body: Annotated[int, Field(ge=1024, le=1 << 28)] = 4 << 20
+    body_timeout: Annotated[float, Field(gt=0, le=600)] = 30.0
+    drain_s: Annotated[float, Field(ge=0, le=600)] = 20.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    dtype: DType = "float32"
+    device: str = "cpu"
+    model_len: Count = 0
+    kv_blocks: Count = 0
+    kv_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_num_batched_tokens: Count = 0
+    max_waiting: Annotated[int, Field(ge=1, le=1 << 20)] = 256
+    prefix_caching: bool = True
+
+    concurrent: Count = 64
+    """Of one tenant: requests at once."""
+    requests_per_minute: Count = 0
+    tokens_per_minute: Count = 0
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "CloudSettings":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        return self
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            model_len=self.model_len,
+            block_size=self.block_size,
+            num_blocks=self.kv_blocks,
+            kv_bytes=self.kv_bytes,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_waiting=self.max_waiting,
+            prefix_caching=self.prefix_caching,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def tenant_limits(self) -> TenantLimits:
+        return TenantLimits(self.concurrent, self.requests_per_minute, self.tokens_per_minute)
+
+    def guard(self) -> Guard:
+        hosts = frozenset(name.lower() for name in self.hosts)
+        return Guard(hosts=hosts, origins=self.origins, max_body=self.max_body, body_timeout=self.body_timeout)
