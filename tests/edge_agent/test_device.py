@@ -1,0 +1,67 @@
+import threading
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from edge_sides import Local
+from fakes import EchoAnswer
+
+from edge_agent.device import Device, Machine, sample
+
+
+def test_a_real_sample_is_plausible() -> None:
+    """On this very machine: a load in percent, some memory, a battery or none."""
+    machine = sample()
+
+    assert machine.cpu_percent is not None
+    assert 0 <= machine.cpu_percent <= 100
+    assert machine.memory_available is not None
+    assert machine.memory_available > 0
+    assert machine.battery_percent is None or 0 <= machine.battery_percent <= 100
+
+
+@pytest.mark.parametrize("plugged", [True, False, None])
+def test_battery_states(monkeypatch: pytest.MonkeyPatch, plugged: bool | None) -> None:
+    """Plugged in, on battery, or a battery that does not say."""
+    battery = SimpleNamespace(percent=41, power_plugged=plugged)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+
+    machine = sample()
+
+    assert machine.battery_percent == 41.0
+    assert machine.on_battery is (None if plugged is None else not plugged)
+
+
+@pytest.mark.parametrize("error", [OSError("no /sys"), KeyError("POWER_SUPPLY"), psutil.AccessDenied()])
+def test_a_failing_sensor_is_left_out(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Nothing a sensor raises gets further than its own value."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    for name in ("sensors_battery", "virtual_memory", "cpu_percent"):
+        monkeypatch.setattr(psutil, name, fail, raising=False)
+
+    assert sample() == Machine()
+
+
+async def test_reading_joins_runtime_and_machine_and_never_senses() -> None:
+    """Sensors run on another thread, when refreshed; a reading is the last sample and the runtime's present numbers."""
+    threads: list[str] = []
+
+    def sensors() -> Machine:
+        threads.append(threading.current_thread().name)
+        return Machine(cpu_percent=12.0, battery_percent=80.0, on_battery=True)
+
+    local = Local(EchoAnswer(), context=1024)
+    device = Device(local, sensors=sensors)
+    before = device.reading()
+    await device.refresh()
+    local.runtime.queue_depth, local.runtime.tokens_per_s = 3, 77.0
+    after = device.reading()
+
+    assert (before.cpu_percent, before.battery_percent) == (None, None)
+    assert (after.model, after.context_length, after.queue_depth, after.tokens_per_s) == ("small", 1024, 3, 77.0)
+    assert (after.cpu_percent, after.battery_percent, after.on_battery) == (12.0, 80.0, True)
+    assert len(threads) == 1
+    assert threads[0] != threading.main_thread().name
