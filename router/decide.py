@@ -120,6 +120,10 @@ def firm_rule(case: Case) -> Bar | None:
     return Bar(OTHER[match.rule.target], match.name, match.reason)
 
 
+def no_cloud(case: Case) -> Bar | None:
+    return None if case.link.configured else Bar("cloud", "no_cloud", "no cloud is configured")
+
+
 def edge_context(case: Case) -> Bar | None:
     return _too_long(case, "edge", case.device.context_length)
 
@@ -133,6 +137,7 @@ BARS: Final[tuple[Callable[[Case], Bar | None], ...]] = (
     requested_model,
     mode,
     firm_rule,
+    no_cloud,
     edge_context,
     cloud_context,
 )
@@ -222,10 +227,6 @@ def edge_queue_full(case: Case) -> Outage | None:
     return Outage("edge_queue_full", f"edge queue full ({device.queue_depth} of {device.queue_capacity})", Overloaded)
 
 
-def no_cloud(case: Case) -> Outage | None:
-    return None if case.link.configured else Outage("no_cloud", "no cloud is configured", PolicyDenied)
-
-
 def cloud_draining(case: Case) -> Outage | None:
     return Outage("cloud_draining", "cloud is draining", Overloaded) if case.link.draining else None
 
@@ -247,7 +248,7 @@ def slow_link(case: Case) -> Outage | None:
 
 OUTAGES: Final[Mapping[Target, tuple[Callable[[Case], Outage | None], ...]]] = {
     "edge": (edge_unavailable, edge_queue_full),
-    "cloud": (no_cloud, cloud_draining, cloud_disconnected, breaker_open, slow_link),
+    "cloud": (cloud_draining, cloud_disconnected, breaker_open, slow_link),
 }
 
 
@@ -261,7 +262,7 @@ def _reachable(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> Choi
     if out is None:
         return choice
     other = OTHER[choice.target]
-    obstacle = _obstacle(case, barred, other, out)
+    obstacle = _obstacle(case, barred, other)
     if obstacle is None:
         return Choice(other, out.rule, (out.reason, *choice.reasons))
     if out.error is None:
@@ -270,16 +271,14 @@ def _reachable(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> Choi
     raise out.error(f"{out.reason}; not the {other}: {obstacle}", source=choice.target, retry_after=retry_after)
 
 
-def _obstacle(case: Case, barred: Mapping[Target, Bar], other: Target, out: Outage) -> str | None:
-    """What keeps `other` from standing in for the side that is out."""
+def _obstacle(case: Case, barred: Mapping[Target, Bar], other: Target) -> str | None:
+    """What keeps `other` from standing in for the side that is out. A slow link does not."""
     if other in barred:
         return barred[other].reason
     if other == "edge" and not _edge_may_stand_in(case, barred):
         return "fallback none"
     other_out = _outage(case, other)
-    if other_out and (other_out.error or not out.error):  # one that is merely bad is better than one that is out
-        return other_out.reason
-    return None
+    return other_out.reason if other_out and other_out.error else None
 
 
 def _edge_may_stand_in(case: Case, barred: Mapping[Target, Bar]) -> bool:

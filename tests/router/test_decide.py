@@ -1,11 +1,14 @@
 # ruff: noqa: E501 - one case a line: the tables are read across
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import router.decide
 from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
+from router.facts import FACTS
 from router.features import NO_CLOUD, VIRTUAL_MODELS, DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, Range, Rule, When
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
@@ -54,6 +57,10 @@ DECISIONS = {
     "edge_only": (PRIVATE, PREFER_EDGE, IDLE, UP, "edge", None, "label", "label edge_only: stays on the device"),
     "edge_only beats prefer_cloud": (PRIVATE, PREFER_CLOUD, IDLE, UP, "edge", None, "label", "label edge_only: stays on the device"),
     "edge_only beats a rule": (PRIVATE, policy("prefer_edge", rule("cloud", fallback=False)), IDLE, UP, "edge", None, "label", "label edge_only: stays on the device"),
+    "the first bar is the reason": (PRIVATE, ONLY_EDGE, IDLE, UP, "edge", None, "label", "label edge_only: stays on the device"),
+    # no cloud
+    "prefer_edge, no cloud": (ASK, PREFER_EDGE, IDLE, NO_CLOUD, "edge", None, "no_cloud", "no cloud is configured"),
+    "prefer_cloud, no cloud": (ASK, CLOUD_OR_ERROR, IDLE, NO_CLOUD, "edge", None, "no_cloud", "no cloud is configured"),
     # the requested model
     "model edge": (replace(ASK, model="edge"), PREFER_CLOUD, IDLE, UP, "edge", None, "requested_model", "model edge requested"),
     "model small": (replace(ASK, model="small"), PREFER_CLOUD, IDLE, UP, "edge", None, "requested_model", "model small requested"),
@@ -65,10 +72,12 @@ DECISIONS = {
     # the context
     "too long for the edge": (long(1000), PREFER_EDGE, IDLE, UP, "cloud", None, "edge_context", "needs 1001 tokens, the edge takes 1000"),
     "just fits the edge": (long(950), PREFER_EDGE, IDLE, UP, "edge", None, "mode", "mode prefer_edge"),
+    "fits to the last token": (long(999), ONLY_EDGE, IDLE, UP, "edge", None, "mode", "mode only_edge"),
     "asked for too much": (long(950, max_tokens=51), PREFER_EDGE, IDLE, UP, "cloud", None, "edge_context", "needs 1001 tokens, the edge takes 1000"),
     "answer may be cut": (long(951), PREFER_EDGE, IDLE, UP, "cloud", "edge", "roomier_context", "may need 1001 tokens, the edge takes 1000"),
     "answer may be cut, no other way": (long(951), ONLY_EDGE, IDLE, UP, "edge", None, "mode", "mode only_edge"),
     "answer may be cut in the cloud": (long(951), PREFER_CLOUD, replace(IDLE, context_length=9000), replace(UP, context_length=1000), "edge", None, "roomier_context", "may need 1001 tokens, the cloud takes 1000"),
+    "answer may be cut on both sides": (long(951), PREFER_CLOUD, IDLE, replace(UP, context_length=1000), "cloud", "edge", "mode", "mode prefer_cloud"),
     "too long for the cloud": (long(1000), PREFER_CLOUD, replace(IDLE, context_length=9000), replace(UP, context_length=1000), "edge", None, "cloud_context", "needs 1001 tokens, the cloud takes 1000"),
     "cloud context unknown": (long(5000), PREFER_EDGE, IDLE, replace(UP, context_length=None), "cloud", None, "edge_context", "needs 5001 tokens, the edge takes 1000"),
     "context beats a rule": (long(1000), policy("prefer_edge", rule("edge")), IDLE, UP, "cloud", None, "edge_context", "needs 1001 tokens, the edge takes 1000"),
@@ -84,7 +93,6 @@ DECISIONS = {
     "edge full, by rule": (ASK, policy("prefer_cloud", rule("edge")), FULL, UP, "cloud", "edge", "edge_queue_full", "edge queue full (4 of 4)"),
     "edge full, slow link": (ASK, PREFER_EDGE, FULL, SLOW, "cloud", "edge", "edge_queue_full", "edge queue full (4 of 4)"),
     "edge broken": (ASK, PREFER_EDGE, GONE, UP, "cloud", None, "edge_unavailable", "the edge model is not available"),
-    "cloud not configured": (ASK, PREFER_CLOUD, IDLE, NO_CLOUD, "edge", None, "no_cloud", "no cloud is configured"),
     "cloud down": (ASK, PREFER_CLOUD, IDLE, DOWN, "edge", None, "cloud_disconnected", "cloud is not connected"),
     "cloud down, by rule": (ASK, policy("prefer_edge", rule("cloud")), IDLE, DOWN, "edge", None, "cloud_disconnected", "cloud is not connected"),
     "breaker open": (ASK, PREFER_CLOUD, IDLE, OPEN, "edge", None, "breaker_open", "cloud failed lately, breaker open"),
@@ -117,11 +125,14 @@ REFUSALS = {
     "only_cloud, model edge": (replace(ASK, model="edge"), ONLY_CLOUD, IDLE, UP, PolicyDenied, "not the edge: mode only_cloud"),
     "only_edge, full": (ASK, ONLY_EDGE, FULL, UP, Overloaded, "edge queue full (4 of 4); not the cloud: mode only_edge"),
     "only_cloud, down": (ASK, ONLY_CLOUD, IDLE, DOWN, Unreachable, "cloud is not connected; not the edge: mode only_cloud"),
-    "only_cloud, none": (ASK, ONLY_CLOUD, IDLE, NO_CLOUD, PolicyDenied, "no cloud is configured; not the edge: mode only_cloud"),
+    "only_cloud, none": (ASK, ONLY_CLOUD, IDLE, NO_CLOUD, PolicyDenied, "not the edge: mode only_cloud; not the cloud: no cloud is configured"),
     "too long for both": (long(9000), PREFER_EDGE, IDLE, UP, ContextTooLong, "needs 9001 tokens, the edge takes 1000; not the cloud: needs 9001 tokens, the cloud takes 8000"),
     "too long, only_edge": (long(1000), ONLY_EDGE, IDLE, UP, ContextTooLong, "the edge takes 1000; not the cloud: mode only_edge"),
     "too long, cloud down": (long(1000), PREFER_EDGE, IDLE, DOWN, Unreachable, "not connected; not the edge: needs 1001 tokens, the edge takes 1000"),
-    "too long, no cloud": (long(1000), PREFER_EDGE, IDLE, NO_CLOUD, PolicyDenied, "no cloud is configured; not the edge: needs 1001 tokens"),
+    "too long, no cloud": (long(1000), PREFER_EDGE, IDLE, NO_CLOUD, ContextTooLong, "needs 1001 tokens, the edge takes 1000; not the cloud: no cloud is configured"),
+    "no cloud, full": (ASK, PREFER_EDGE, FULL, NO_CLOUD, Overloaded, "edge queue full (4 of 4); not the cloud: no cloud is configured"),
+    "no cloud, model cloud": (replace(ASK, model="cloud"), PREFER_EDGE, IDLE, NO_CLOUD, PolicyDenied, "not the cloud: no cloud is configured"),
+    "no cloud, firm cloud rule": (ASK, policy("prefer_edge", rule("cloud", fallback=False)), IDLE, NO_CLOUD, PolicyDenied, "not the edge: rule r: always"),
     "model cloud, down": (replace(ASK, model="cloud"), PREFER_EDGE, IDLE, DOWN, Unreachable, "not connected; not the edge: model cloud requested"),
     "model cloud, too long": (long(8000, model="cloud"), PREFER_EDGE, IDLE, UP, ContextTooLong, "the cloud takes 8000"),
     "model edge, full": (replace(ASK, model="edge"), PREFER_EDGE, FULL, UP, Overloaded, "not the cloud: model edge requested"),
@@ -159,6 +170,13 @@ def test_each_rule_of_the_tables_decides_somewhere():
     assert len(PREFERENCES) == 3
     assert named <= decided
     assert {"rule r", "roomier_context", "mode"} <= decided
+
+
+def test_the_readme_names_every_rule_and_condition():
+    """What an administrator reads is what is there."""
+    readme = (Path(router.decide.__file__).parent / "README.md").read_text()
+    rules = {rule.__name__ for table in (BARS, PREFERENCES, *OUTAGES.values()) for rule in table}
+    assert {name for name in rules | set(FACTS) if f"`{name}`" not in readme} == set()
 
 
 def test_errors_say_who_failed_and_when_to_come_back():

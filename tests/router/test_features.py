@@ -111,6 +111,12 @@ def test_newest_messages_are_read_first():
     assert measure(ChatRequest(id="r", model="auto", messages=messages), prompt_tokens=1).maths
 
 
+def test_older_messages_share_the_same_bound():
+    """However many messages there are, no more than SCAN_CHARS of them are read."""
+    messages = (Message(role="user", content="solve it"), Message(role="user", content="x" * SCAN_CHARS))
+    assert not measure(ChatRequest(id="r", model="auto", messages=messages), prompt_tokens=1).maths
+
+
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [("", 4), ("abcd", 5), ("abcde", 6), ("日本語", 7), ("naïve", 6), ("x" * 4000, 1004), ("\ud800", 5)],
