@@ -28,6 +28,8 @@ class EdgeSettings(Settings):
     """`ws://HOST:PORT` or `wss://HOST:PORT`; none: everything is answered here."""
     key_file: Path | None = None
     """Holds the key that the cloud knows this device by; mode 0600."""
+    cloud_ca: Path | None = None
+    """Certificates to trust the cloud by, in PEM; none: those of the operating system."""
     allow_plaintext: bool = False
     """Permit `ws://` to another machine, say inside a VPN: the key and every prompt cross the network in the clear."""
     no_cloud: bool = False

@@ -20,7 +20,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 class Keys:
     """The keys that clients may show as `Authorization: Bearer KEY`, known only by their SHA-256.
 
-    Keys are random and long (see `new_key`), so that one round of a fast hash is enough.
+    Keys are random and long (see `add_key`), so that one round of a fast hash is enough.
     """
 
     def __init__(self, hashes: frozenset[str]) -> None:
@@ -51,8 +51,16 @@ class Keys:
             raise Unauthorized("a valid key is needed", source="edge")
 
 
-def new_key() -> str:
-    return f"edge-{secrets.token_urlsafe(32)}"
+def add_key(path: Path) -> str:
+    """Make a key and add its hash to the file, which is made if need be. The key itself is kept nowhere."""
+    key = f"edge-{secrets.token_urlsafe(32)}"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as stream:
+            stream.write(f"{hash_of(key)}\n")
+    except OSError as error:
+        raise InvalidSettings(f"keys: {path}: {error.strerror}", param="keys") from error
+    return key
 
 
 def hash_of(secret: str) -> str:

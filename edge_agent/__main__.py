@@ -1,0 +1,83 @@
+"""The command line of the edge: `serve`, `pull`, `list`, `rm`, `keys new`. Heavy imports wait until they are needed."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One OpenAI-compatible endpoint on this device: answered by a local model, or offloaded to a cloud engine.",
+)
+keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients beyond loopback must show.")
+app.add_typer(keys_app, name="keys")
+
+EXIT_ERROR = 2
+Name = Annotated[str, typer.Argument(help="For example smollm2:135m.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help="A name from the model store, or a GGUF file.")] = None,
+    host: Annotated[str | None, typer.Option(help="Beyond loopback --keys and TLS are needed.")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free one, which is printed.")] = None,
+    cloud: Annotated[str | None, typer.Option(help="ws://HOST:PORT or wss://HOST:PORT.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with the key for the cloud, mode 0600.")] = None,
+    no_cloud: Annotated[bool | None, typer.Option("--no-cloud", help="Answer everything here.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Routing policy in YAML; followed as it changes.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML; flags and CAUSEWAY_* beat it.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Requests answered at once by the local model.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of one request, prompt and output.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads of the local model.")] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests that may wait for the local model.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="Hashes of the clients' keys, see `keys new`.")] = None,
+    cloud_ca: Annotated[Path | None, typer.Option(help="Certificates to trust the cloud by, PEM.")] = None,
+    allow_plaintext: Annotated[
+        bool | None, typer.Option("--allow-plaintext", help="Permit ws:// beyond loopback.")
+    ] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Where the administration's token lies.")] = None,
+    drain_s: Annotated[float | None, typer.Option(help="Seconds that running answers get on SIGTERM.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve until SIGTERM; prints `listening on URL` when ready."""
+    flags = {name: value for name, value in locals().items() if name != "config"}
+    from edge_agent.settings import EdgeSettings
+    from shared.config import load
+    from shared.telemetry import set_up_logging
+
+    settings = load(EdgeSettings, config, os.environ, flags)
+    set_up_logging(settings.log_level)
+
+    from edge_agent.run import run
+
+    asyncio.run(run(settings))
+
+
+@keys_app.command("new")
+def new_key(keys: Annotated[Path, typer.Option(help="File to add the key's hash to.")]) -> None:
+    """Make a key for a client and print it; it is not kept, only its hash is."""
+    from edge_agent.api.credentials import add_key
+
+    typer.echo(add_key(keys))
+
+
+def main() -> None:
+    """A typed error is one line and exit status 2; anything else is a bug and keeps its traceback."""
+    from shared.errors import CausewayError
+
+    try:
+        app()
+    except CausewayError as error:
+        sys.stderr.write(f"edge-agent: {error.message}\n")
+        sys.exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()

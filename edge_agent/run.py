@@ -1,0 +1,112 @@
+"""The daemon's life: check, load, serve, drain, close."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from edge_agent.api.admin import add_admin
+from edge_agent.api.credentials import Keys, admin_token, state_folder
+from edge_agent.api.openai import openai_app
+from edge_agent.backends.cloud import CloudBackend
+from edge_agent.backends.llama import LlamaBackend
+from edge_agent.daemon import put_together
+from edge_agent.policy_file import PolicyFile
+from edge_agent.settings import EdgeSettings, check, read_secret
+from shared.config import InvalidSettings
+from shared.guard import Guard
+from shared.models import default_store, resolve, verify
+from shared.serving import serve
+
+
+async def run(settings: EdgeSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises CausewayError, before anything listens, if it must not or cannot start."""
+    check(settings)
+    policy = PolicyFile(settings.policy)
+    keys = Keys.read(settings.keys) if settings.keys else None
+    token = admin_token(settings.state_dir or state_folder(os.environ, Path.home()))
+    async with AsyncExitStack() as closing:
+        cloud = _cloud(settings)
+        local = _local(settings)
+        closing.push_async_callback(local.aclose)
+        await local.start()
+        if cloud is not None:
+            closing.push_async_callback(cloud.aclose)
+            cloud.start()
+        daemon = put_together(local, cloud, policy)
+        app = openai_app(daemon, keys=keys, guard=_guard(settings))
+        add_admin(app, daemon, token=token)
+        await closing.enter_async_context(background(daemon.device.watch(), policy.watch()))
+        await serve(
+            app,
+            settings.host,
+            settings.port,
+            tls=settings.tls,
+            drain=daemon.intake.drain,
+            drain_s=settings.drain_s,
+        )
+
+
+def _local(settings: EdgeSettings) -> LlamaBackend:
+    path = resolve(settings.model, store=default_store(os.environ, Path.home()))
+    verify(path)
+    return LlamaBackend(
+        path,
+        slots=settings.slots,
+        context=settings.context,
+        threads=settings.threads,
+        queue=settings.queue,
+    )
+
+
+def _cloud(settings: EdgeSettings) -> CloudBackend | None:
+    url = settings.cloud_in_use
+    if url is None or settings.key_file is None:
+        return None
+    return CloudBackend(
+        url,
+        read_secret(settings.key_file, "key_file"),
+        first_token_timeout=None,  # the policy's limit holds, which a reload may change
+        keep_connected=True,
+        allow_plaintext=settings.allow_plaintext,
+        tls=_trust(settings.cloud_ca) if url.startswith("wss:") else None,
+    )
+
+
+def _trust(authorities: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidSettings(
+            f"cloud_ca: {authorities} holds no certificates that can be read", param="cloud_ca"
+        ) from error
+
+
+def _guard(settings: EdgeSettings) -> Guard:
+    return Guard(hosts=frozenset({settings.host, *settings.hosts}), origins=frozenset(settings.origins))
+
+
+@asynccontextmanager
+async def background(*watches: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs them beside the body. One that breaks is logged and does not take the daemon with it."""
+    tasks = [asyncio.create_task(_kept(watch)) for watch in watches]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _kept(watch: Coroutine[Any, Any, None]) -> None:
+    try:
+        await watch
+    except Exception as error:
+        structlog.get_logger("causeway.edge").error(
+            "watch ended", watch=watch.__qualname__, exception=type(error).__name__
+        )

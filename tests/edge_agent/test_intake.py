@@ -1,0 +1,49 @@
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from edge_sides import HERE, ask, collect, text_of
+from fakes import ScriptedAnswer
+
+from edge_agent.intake import Intake
+from shared.errors import Overloaded, UpstreamFailed
+
+
+async def test_drain_waits_for_what_runs_and_takes_nothing_new() -> None:
+    """A running answer is finished, a new one is refused with when to come back, and then draining is done."""
+    gate = asyncio.Event()
+    inner = ScriptedAnswer(HERE[0], gate, *HERE[1:])
+    intake = Intake(inner)
+    running = asyncio.create_task(collect(intake, ask(id="running")))
+    await inner.begun.wait()
+
+    draining = asyncio.create_task(intake.drain())
+    await asyncio.sleep(0)
+    refused, error = await collect(intake, ask(id="late"))
+    assert not draining.done()
+    gate.set()
+    finished, _ = await running
+    await asyncio.wait_for(draining, 5)
+
+    assert not refused
+    assert isinstance(error, Overloaded)
+    assert error.retry_after
+    assert text_of(finished) == "from here"
+    assert [request.id for request in inner.requests] == ["running"]
+
+
+@pytest.mark.parametrize("how", ["end", "error", "left"])
+async def test_nobody_is_counted_for_ever(how: str) -> None:
+    """However an answer ends, it is no longer counted."""
+    intake = Intake(ScriptedAnswer(HERE[0], UpstreamFailed("x")) if how == "error" else ScriptedAnswer(*HERE))
+
+    async with aclosing(intake.answer(ask())) as deltas:
+        await anext(deltas)
+        assert intake.running == 1
+        if how != "left":
+            with pytest.raises((UpstreamFailed, StopAsyncIteration)):
+                while True:
+                    await anext(deltas)
+
+    assert intake.running == 0
+    await asyncio.wait_for(intake.drain(), 5)
