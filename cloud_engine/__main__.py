@@ -25,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
 app.add_typer(keys_app, name="keys")
 
+BATCHES = (1, 8, 32, 64)
 CLOSE_S = 3.0
 """What draining may take beyond its limit, to say goodbye."""
 
@@ -76,12 +77,7 @@ def keys_new(
 @app.command(cls=SeveralValues)
 def bench(
     model: Annotated[str, typer.Option(help="name in the model store, folder, or GGUF file")],
-    n: Annotated[list[int], typer.Option("--n", min=1, help="sequences at once; several rows: --n 1 8 32")] = [
-        1,
-        8,
-        32,
-        64,
-    ],  # noqa: B006
+    n: Annotated[list[int] | None, typer.Option("--n", min=1, help="sequences at once: --n 1 8 32")] = None,
     prompt_tokens: Annotated[int, typer.Option("--in", min=1, help="prompt tokens of each")] = 128,
     output_tokens: Annotated[int, typer.Option("--out", min=1, help="output tokens of each")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
@@ -93,7 +89,11 @@ def bench(
     from cloud_engine.bench import run
 
     for row in run(
-        path, n=tuple(n), prompt_tokens=prompt_tokens, output_tokens=output_tokens, config=settings.engine_config()
+        path,
+        n=tuple(n or BATCHES),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        config=settings.engine_config(),
     ):
         typer.echo(row)
 

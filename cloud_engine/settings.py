@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from cloud_engine.engine.config import DType, EngineConfig
 from cloud_engine.gateway.limits import TenantLimits
@@ -58,7 +59,7 @@ class CloudSettings(Settings):
     @model_validator(mode="after")
     def _tls_is_whole(self) -> "CloudSettings":
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key go together")
+            raise PydanticCustomError("tls", "tls_cert and tls_key belong together")
         return self
 
     def engine_config(self) -> EngineConfig:
