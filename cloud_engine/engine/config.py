@@ -41,7 +41,9 @@ class EngineConfig:
         if not 2 <= self.model_len <= self.kv_tokens:
             raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError("max_num_batched_tokens must be at least max_num_seqs: a step serves every running sequence")
+            raise ValueError(
+                "max_num_batched_tokens must be at least max_num_seqs: every running sequence is served each step"
+            )
         return self
 
 
@@ -49,10 +51,10 @@ def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> Engine
     """Fill in every zero from the model's own context length and the bytes that one token's keys and values take."""
     num_blocks = config.num_blocks or 1 + config.kv_bytes // (token_bytes * config.block_size)
     held = (num_blocks - 1) * config.block_size
-    budget = config.max_num_batched_tokens or (256 if config.device == "cpu" else 4096)
+    budget = max(256 if config.device == "cpu" else 4096, config.max_num_seqs)
     return replace(
         config,
         num_blocks=num_blocks,
-        model_len=min(config.model_len or held, model_len, held) if not config.model_len else config.model_len,
-        max_num_batched_tokens=max(budget, config.max_num_seqs) if not config.max_num_batched_tokens else budget,
+        model_len=config.model_len or min(model_len, held),
+        max_num_batched_tokens=config.max_num_batched_tokens or budget,
     ).checked()

@@ -1,8 +1,9 @@
 """Who computes what in the next step: one token budget for prefill chunks and decodes together.
 
 The running sequences go first, in order of admission, then the waiting ones, first come first served. Decodes are in
-front of every prefill that was admitted later, so a long prompt delays them by one step at most. When blocks run out, the
-sequence admitted last gives its blocks back and waits at the front of the queue, to be recomputed (its output is kept).
+front of every prefill that was admitted later, so a long prompt delays them by one step at most. When blocks run out,
+the sequence admitted last gives its blocks back and waits at the front of the queue, to be recomputed (its output is
+kept).
 """
 
 from collections import deque
@@ -91,8 +92,8 @@ class Scheduler:
         return work
 
     def settle(self, work: Iterable[Work], tokens: Iterable[int]) -> None:
-        """Append the step's sampled tokens, one for each work that samples, and retire what they finish.
-        A negative token says that the model gave no usable logits; one for a sequence that ended meanwhile is dropped."""
+        """Append the step's sampled tokens, one for each work that samples, and retire what they finish. A negative
+        token says that the model gave no usable logits; one for a sequence that ended meanwhile is dropped."""
         for item, token in zip((item for item in work if item.samples), tokens, strict=True):
             if item.sequence.state is State.FINISHED:
                 continue

@@ -1,0 +1,65 @@
+"""Paged attention on torch's fused scaled-dot-product kernels: the fast path on a CPU, a correct one on a GPU.
+
+Sequences are looped over, each reading its own blocks: without a copy where they are consecutive, by one `index_select`
+along the blocks otherwise. On a CPU this beats padding the decodes into one batch (less to copy, nothing wasted on
+padding); on a GPU, where launches cost, the decodes come padded in `batch.decodes` instead.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cloud_engine.attention.batch import AttentionBatch, Decodes, Span, write
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: AttentionBatch) -> Tensor:
+    """See `cloud_engine.attention.batch` for shapes and the promise to write before reading."""
+    write(k, v, cache, batch.slots)
+    out = torch.empty_like(q)
+    for span in batch.spans:
+        if span.count == 1:
+            _decode(q, cache, span, out)
+        else:
+            _prefill(q, k, v, cache, span, out)
+    if batch.decodes is not None:
+        out[batch.decodes.rows] = _decode_padded(q, cache, batch.decodes)
+    return out
+
+
+def _read(cache: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+    """Keys and values of a sequence's context, each [1, Hkv, context, D]."""
+    blocks = cache[:, span.blocks] if isinstance(span.blocks, slice) else cache.index_select(1, span.blocks)
+    kv = blocks.flatten(1, 2)[:, None, : span.context].transpose(2, 3)
+    return kv[0], kv[1]
+
+
+def _decode(q: Tensor, cache: Tensor, span: Span, out: Tensor) -> None:
+    """One row sees every key, so the query heads of a group can be rows of one problem: [1, Hkv, group, D]."""
+    keys, values = _read(cache, span)
+    heads = keys.shape[1]
+    query = q[span.row].view(1, heads, -1, q.shape[2])
+    out[span.row] = F.scaled_dot_product_attention(query, keys, values).view(q.shape[1:])
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, span: Span, out: Tensor) -> None:
+    """With history the mask is explicit: `is_causal` aligns to the first key, wrong where keys outnumber rows."""
+    rows = slice(span.row, span.row + span.count)
+    query = q[rows].transpose(0, 1)[None]
+    if span.mask is None:
+        keys, values = k[rows].transpose(0, 1)[None], v[rows].transpose(0, 1)[None]
+    else:
+        keys, values = _read(cache, span)
+    result = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=span.mask, is_causal=span.mask is None, enable_gqa=True
+    )
+    out[rows] = result[0].transpose(0, 1)
+
+
+def _decode_padded(q: Tensor, cache: Tensor, decodes: Decodes) -> Tensor:
+    """All decodes as one batch; the padding is the null block and masked, so every row sees a key."""
+    count, width = decodes.tables.shape
+    kv = cache.index_select(1, decodes.tables.flatten()).view(2, count, width * cache.shape[2], *cache.shape[3:])
+    # What no token of the sequence wrote may be anything, and 0 * NaN is NaN: masking the scores would not do.
+    keys, values = kv.transpose(2, 3).masked_fill_(~decodes.mask.transpose(2, 3), 0)
+    query = q[decodes.rows].view(count, keys.shape[1], -1, q.shape[2])
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=decodes.mask).view(count, *q.shape[1:])

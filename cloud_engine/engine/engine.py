@@ -1,0 +1,119 @@
+"""The engine: tokens in, tokens out. One call of `step` computes one batch. Synchronous, and owned by one thread."""
+
+import secrets
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+from cloud_engine.engine.blocks import chain_root
+from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.runner import Runner
+from cloud_engine.engine.sampler import Sampled, sample
+from cloud_engine.engine.scheduler import Scheduler
+from cloud_engine.engine.sequence import Ending, Sequence
+from shared.errors import BadRequest
+from shared.schemas import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A step's result for one sequence: its next token, and how it ended if it did. `ending` "error" has no token."""
+
+    sequence: Sequence
+    sampled: Sampled
+    ending: Ending | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges (running, waiting, kv_blocks_*) and totals since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    generated_tokens: int = 0
+
+
+class Engine:
+    """`identity` names weights and revision: prefixes are shared only under the same one. `entropy` gives the seed of
+    a request that brings none."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        identity: str = "",
+        entropy: Callable[[], int] = lambda: secrets.randbits(63),
+    ) -> None:
+        self.config: EngineConfig = runner.config
+        self.runner = runner
+        self.scheduler = Scheduler(self.config)
+        self.vocab_size = runner.model.config.vocab_size
+        self._stop_ids = stop_ids
+        self._identity = identity
+        self._entropy = entropy
+        self._steps = self._generated = 0
+
+    def add(self, sequence_id: str, tokens: List[int], sampling: Sampling, *, salt: str = "") -> Sequence:
+        """Queue a request. Raises BadRequest, ContextTooLong, Overloaded or RequestConflict; then nothing has changed.
+        Requests share cached prefixes only under the same `salt`."""
+        if not tokens:
+            raise BadRequest("the prompt has no tokens", param="prompt")
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise BadRequest(f"a token id is outside 0 to {self.vocab_size - 1}", param="prompt")
+        sequence = Sequence(
+            id=sequence_id,
+            tokens=list(tokens),
+            sampling=sampling,
+            max_tokens=sampling.max_tokens or max(1, self.config.model_len - len(tokens)),
+            seed=self._entropy() if sampling.seed is None else sampling.seed,
+            stop_ids=self._stop_ids,
+            root=chain_root(self._identity, self.config.dtype, salt),
+        )
+        self.scheduler.add(sequence)
+        return sequence
+
+    def abort(self, sequence_id: str) -> bool:
+        """Stop a request in whatever state it is; False if it has ended or never was."""
+        return self.scheduler.abort(sequence_id)
+
+    def finish(self, sequence: Sequence) -> bool:
+        """End a sequence because its text is complete (a stop string)."""
+        return self.scheduler.finish(sequence, "stop")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.live)
+
+    def step(self) -> list[Output]:
+        """Schedule, run, sample, settle. Empty when nothing was due, or when only parts of prompts were computed."""
+        work = self.scheduler.schedule()
+        if not work:
+            return []
+        logits = self.runner.run(work)
+        sequences = [item.sequence for item in work if item.samples]
+        sampled = sample(logits, sequences)
+        self.scheduler.settle(work, [item.token for item in sampled])
+        self._steps += 1
+        self._generated += len(sampled)
+        return [Output(seq, item, seq.ending) for seq, item in zip(sequences, sampled, strict=True)]
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_used=scheduler.pool.num_used,
+            kv_blocks_total=scheduler.pool.num_blocks - 1,
+            prefix_hit_tokens=scheduler.counters.prefix_hit_tokens,
+            prefix_query_tokens=scheduler.counters.prefix_query_tokens,
+            preemptions=scheduler.counters.preemptions,
+            steps=self._steps,
+            generated_tokens=self._generated,
+        )

@@ -1,0 +1,66 @@
+"""One step on the device: lists become tensors, tensors become logits. Owns the KV tensors."""
+
+import torch
+from torch import Tensor
+
+from cloud_engine.attention import paged
+from cloud_engine.attention.batch import Attention, AttentionBatch, decodes, span
+from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.scheduler import Work
+from cloud_engine.model.llama import Llama, rotary_table
+
+
+class Runner:
+    """Computes a step's tokens and remembers their keys and values, per layer [2, num_blocks, block_size, Hkv, D]."""
+
+    def __init__(self, model: Llama, config: EngineConfig, attend: Attention = paged.attend) -> None:
+        self.model, self.config, self.attend = model, config, attend
+        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        shape = (2, config.num_blocks, config.block_size, model.config.num_kv_heads, model.config.head_dim)
+        self.caches = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(model.config.num_layers)]
+        cos, sin = rotary_table(model.config, config.model_len)
+        self.cos, self.sin = (table.to(self.device, self.dtype) for table in (cos, sin))
+
+    def run(self, work: list[Work]) -> Tensor:
+        """Logits [n, vocab] of the works that sample, in their order."""
+        with torch.inference_mode():
+            tokens, positions, rows = _rows(work)
+            at = self._tensor(positions)
+            rotation = self.cos[at], self.sin[at]
+            batch = self._batch(work)
+            logits: Tensor = self.model(
+                self._tensor(tokens), rotation, self.attend, self.caches, batch, self._tensor(rows)
+            )
+            return logits
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device)
+
+    def _batch(self, work: list[Work]) -> AttentionBatch:
+        """Decodes are batched where launches are dear, looped over where copies are (see `attention.paged`)."""
+        size, pad = self.config.block_size, self.device.type != "cpu"
+        slots: list[int] = []
+        spans, single = [], []
+        for item in work:
+            table, row, end = item.sequence.block_table, len(slots), item.start + item.count
+            slots += [table[at // size] * size + at % size for at in range(item.start, end)]
+            if pad and item.count == 1:
+                single.append((row, end, table))
+            else:
+                spans.append(span(row, item.count, end, table, size, self.device))
+        padded = decodes(single, size, self.device) if single else None
+        return AttentionBatch(self._tensor(slots), tuple(spans), padded)
+
+
+def _rows(work: list[Work]) -> tuple[list[int], list[int], list[int]]:
+    """Tokens and positions of the step, and the rows whose logits are wanted."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    sampled: list[int] = []
+    for item in work:
+        end = item.start + item.count
+        tokens += item.sequence.tokens[item.start : end]
+        positions += range(item.start, end)
+        if item.samples:
+            sampled.append(len(tokens) - 1)
+    return tokens, positions, sampled

@@ -1,0 +1,56 @@
+"""The text side of one request: sampled tokens in, deltas out. Pure: no thread, no loop, no tensor."""
+
+from cloud_engine.engine.sampler import Sampled
+from cloud_engine.engine.sequence import Ending
+from cloud_engine.model.tokenizer import Detokenizer, Tokenizer
+from shared.schemas import Delta, FinishReason, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.stops import StopScanner
+
+
+class TextStream:
+    """Concatenated, the texts of its deltas are the decoded output, cut before the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, prompt_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
+        self._scanner = StopScanner(sampling.stop)
+        self._hidden = frozenset[int]() if sampling.ignore_eos else tokenizer.stop_ids
+        self._prompt_tokens = prompt_tokens
+        self._pending = self._total = 0
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found: the text is complete whatever the model would go on to say."""
+        return self._scanner.hit is not None
+
+    def push(self, sampled: Sampled, ending: Ending | None, cached_tokens: int) -> Delta | None:
+        """Take one token. None while all its text is held back; the delta that ends the stream has the usage."""
+        self._total += 1
+        self._pending += 1
+        text = ""
+        if sampled.token not in self._hidden:
+            text = self._scanner.push(self._detokenizer.push(sampled.token))
+            if sampled.logprob is not None:
+                self._logprobs.append(self._logprob(sampled, sampled.logprob))
+        if ending is None and not self.stopped:
+            return self._release(text) if text else None
+        text += self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
+        reason: FinishReason = "stop" if self.stopped or ending == "stop" else "length"
+        return self._release(text, reason, cached_tokens)
+
+    def _release(self, text: str, reason: FinishReason | None = None, cached_tokens: int = 0) -> Delta:
+        tokens, logprobs = self._pending, tuple(self._logprobs)
+        self._pending, self._logprobs = 0, []
+        usage = None
+        if reason is not None:
+            usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._total, cached_tokens=cached_tokens)
+        return Delta(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason, usage=usage)
+
+    def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
+        spelled = self._tokenizer.token_bytes(sampled.token)
+        top = []
+        for token, value in sampled.top:
+            spelling = self._tokenizer.token_bytes(token)
+            top.append(TopLogprob(spelling.decode(errors="replace"), value, tuple(spelling)))
+        return TokenLogprob(spelled.decode(errors="replace"), logprob, tuple(spelled), tuple(top))
