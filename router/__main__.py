@@ -144,9 +144,7 @@ def _refused(error: CausewayError, features: RequestFeatures, *, as_json: bool) 
 
 def _measured(features: RequestFeatures) -> str:
     hints = [hint for hint in ("code", "maths", "json", "tools") if getattr(features, hint)]
-    counts = (
-        f"{features.prompt_tokens} prompt tokens, {features.expected_output_tokens} expected, {features.turns} turn(s)"
-    )
+    counts = f"{features.prompt_tokens} prompt tokens, {features.expected_output_tokens} tokens of answer expected"
     return f"{counts}, looks like {', '.join(hints)}" if hints else counts
 
 

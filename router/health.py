@@ -83,12 +83,10 @@ class CloudHealth:
         known = self._measured(outcome)
         if outcome.ok is None or (self.retry_at is not None and not self.probing):
             return known
+        if self.probing and outcome.ok:
+            return known._closed()
         if self.probing:
-            return (
-                known._closed()
-                if outcome.ok
-                else known._opened(now, min(2 * self.cool_down_s, breaker.max_cool_down_s))
-            )
+            return known._opened(now, min(2 * self.cool_down_s, breaker.max_cool_down_s))
         known = replace(known, recent=(*self.recent, outcome.ok)[-breaker.window :])
         return known._opened(now, breaker.cool_down_s) if known._failing(breaker) else known
 
