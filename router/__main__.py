@@ -61,18 +61,14 @@ def explain(
     device = DeviceReading(
         model=edge_model, context_length=edge_context, queue_depth=queue_depth, queue_capacity=queue_capacity
     )
-    link = (
-        NO_CLOUD
-        if no_cloud
-        else LinkReading(
-            connected=not cloud_down,
-            round_trip_s=None if round_trip_ms is None else round_trip_ms / 1000,
-            model=cloud_model,
-            context_length=cloud_context,
-        )
+    link = LinkReading(
+        connected=not cloud_down,
+        round_trip_s=None if round_trip_ms is None else round_trip_ms / 1000,
+        model=cloud_model,
+        context_length=cloud_context,
     )
     try:
-        decision = decide(features, chosen, device=device, link=link)
+        decision = decide(features, chosen, device=device, link=NO_CLOUD if no_cloud else link)
     except CausewayError as error:
         _refused(error, features, as_json=as_json)
         raise typer.Exit(1) from None

@@ -138,7 +138,8 @@ def _excerpt(request: ChatRequest) -> str:
     for text in _texts(request):
         if left <= 0:
             break
-        parts.append(text if len(text) <= left else f"{text[: left // 2]}\n{text[-(left // 2) :]}")
+        half = left // 2
+        parts.append(text if len(text) <= left else f"{text[:half]}\n{text[len(text) - half :]}")
         left -= len(text)
     return "\n".join(parts)
 

@@ -111,9 +111,10 @@ def test_newest_messages_are_read_first():
     assert measure(ChatRequest(id="r", model="auto", messages=messages), prompt_tokens=1).maths
 
 
-def test_older_messages_share_the_same_bound():
+@pytest.mark.parametrize("newer", [SCAN_CHARS, SCAN_CHARS - 1, SCAN_CHARS - 2])
+def test_older_messages_share_the_same_bound(newer):
     """However many messages there are, no more than SCAN_CHARS of them are read."""
-    messages = (Message(role="user", content="solve it"), Message(role="user", content="x" * SCAN_CHARS))
+    messages = (Message(role="user", content="xx solve it xx"), Message(role="user", content="x" * newer))
     assert not measure(ChatRequest(id="r", model="auto", messages=messages), prompt_tokens=1).maths
 
 
