@@ -5,21 +5,25 @@ import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from prometheus_client import CollectorRegistry
 from typer.core import TyperCommand
 
 from cloud_engine.gateway.auth import Keys, new_key
+from cloud_engine.gateway.server import Gateway
 from cloud_engine.settings import CloudSettings
-from shared.config import load
+from shared.config import InvalidSettings, load
 from shared.errors import CausewayError
 from shared.frames import MAX_FRAME
-from shared.models import default_store, resolve, verify
-from shared.serving import Tls, check_bind
+from shared.models import default_store, model_name, resolve, verify
+from shared.serving import check_bind
 from shared.serving import serve as serve_app
 from shared.telemetry import RequestLog, set_up_logging
+
+if TYPE_CHECKING:  # torch is behind it
+    from cloud_engine.engine.serving import EngineAnswer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
@@ -59,7 +63,10 @@ def serve(
     """Serve one model over HTTP and the WebSocket. Any other setting: the file, or CAUSEWAY_<NAME>."""
     flags = {name: value for name, value in locals().items() if name != "config"}
     settings = load(CloudSettings, config, os.environ, flags)
-    asyncio.run(_serve(settings))
+    check_bind(settings.host, tls=settings.tls is not None, keys=settings.keys is not None)
+    set_up_logging(settings.log_level)
+    key_file = Keys(settings.keys) if settings.keys else None
+    asyncio.run(_serve(settings, _load(settings), key_file))
 
 
 @keys_app.command("new")
@@ -88,43 +95,46 @@ def bench(
     path = _resolved(settings.model)
     from cloud_engine.bench import run
 
+    config = settings.engine_config()
     for row in run(
         path,
         n=tuple(n or BATCHES),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        config=settings.engine_config(),
+        config=config,
     ):
         typer.echo(row)
 
 
-async def _serve(settings: CloudSettings) -> None:
-    set_up_logging(settings.log_level)
-    check_bind(settings.host, tls=settings.tls_cert is not None, keys=settings.keys is not None)
-    keys = Keys(settings.keys) if settings.keys else None
+def _load(settings: CloudSettings) -> "EngineAnswer":
     path = _resolved(settings.model)
     verify(path)
     from cloud_engine.engine.serving import load_engine
-    from cloud_engine.gateway.server import Gateway
 
-    engine = load_engine(path, settings.engine_config())
+    try:
+        return load_engine(path, settings.engine_config(), name=model_name(path))
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from error
+
+
+async def _serve(settings: CloudSettings, engine: "EngineAnswer", keys: Keys | None) -> None:
+    registry = CollectorRegistry()
+    gateway = Gateway(
+        engine,
+        engine.model_card(),
+        keys=keys,
+        limits=settings.tenant_limits(),
+        guard=settings.guard(),
+        registry=registry,
+        listeners=(RequestLog(),),
+    )
     await engine.start()
     try:
-        gateway = Gateway(
-            engine,
-            engine.model_card(),
-            keys=keys,
-            limits=settings.tenant_limits(),
-            guard=settings.guard(),
-            registry=CollectorRegistry(),
-            listeners=(RequestLog(),),
-        )
-        tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
         await serve_app(
             gateway.app,
             settings.host,
             settings.port,
-            tls=tls,
+            tls=settings.tls,
             drain=lambda: gateway.drain(settings.drain_s),
             drain_s=settings.drain_s + CLOSE_S,
             ws_max_size=MAX_FRAME,

@@ -10,6 +10,7 @@ from cloud_engine.engine.config import DType, EngineConfig
 from cloud_engine.gateway.limits import TenantLimits
 from shared.config import Settings
 from shared.guard import Guard
+from shared.serving import Tls
 
 
 def _split(value: object) -> object:
@@ -61,6 +62,10 @@ class CloudSettings(Settings):
         if (self.tls_cert is None) != (self.tls_key is None):
             raise PydanticCustomError("tls", "tls_cert and tls_key belong together")
         return self
+
+    @property
+    def tls(self) -> Tls | None:
+        return Tls(self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from cloud_engine.gateway.auth import Keys
 from cloud_engine.gateway.limits import Limiter, TenantLimits
 from cloud_engine.gateway.socket import SocketEndpoint
-from shared.errors import Overloaded, UnknownModel
+from shared.errors import CausewayError, Overloaded, UnknownModel
 from shared.executions import Rules
 from shared.frames import Limits
 from shared.guard import Guard
@@ -55,10 +55,17 @@ class EngineStats(Protocol):
     def generated_tokens(self) -> int: ...
 
 
-class ServedEngine(Answer, Protocol):
-    """What the gateway needs of an engine."""
+class ServedEngine(Protocol):
+    """What the gateway needs of an engine: an Answer that keeps tenants apart, and its state."""
+
+    @property
+    def failure(self) -> CausewayError | None:
+        """Why it answers no more, or None while it does."""
 
     def stats(self) -> EngineStats: ...
+
+    def answer(self, request: ChatRequest, *, salt: str = "") -> AsyncGenerator[Delta, None]:
+        """`salt`: only requests with the same one share cached prefixes, so that no tenant can time another's."""
 
 
 class Gateway:
@@ -107,7 +114,7 @@ class Gateway:
 
     def health(self) -> dict[str, Any]:
         stats = self._engine.stats()
-        status = "draining" if self.draining else "ok"
+        status = "draining" if self.draining else "failed" if self._engine.failure else "ok"
         return {"status": status, "model": self._card.id, "running": stats.running, "waiting": stats.waiting}
 
     def _build_app(self, guard: Guard, registry: CollectorRegistry) -> FastAPI:
@@ -140,7 +147,7 @@ class Gateway:
         self._limiter.enter(tenant, reserved, self._clock())
         self._count(1)
         try:
-            async with aclosing(self._engine.answer(request)) as deltas:
+            async with aclosing(self._engine.answer(request, salt=tenant)) as deltas:
                 async for delta in deltas:
                     used = _total(delta.usage) if delta.usage else used + delta.tokens
                     yield self._said(delta, first=first)
