@@ -44,6 +44,8 @@ class Bar:
     rule: str
     reason: str
     too_long: bool = False
+    stands_in: bool = False
+    """Not chosen, but may still answer in the other side's place when that fails, if the policy permits it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def label(case: Case) -> Bar | None:
 
 
 def requested_model(case: Case) -> Bar | None:
-    """`edge`, `cloud` and a real model's name each mean that side and no other; `auto` leaves it open."""
+    """`edge` or a real model's name: that side and no other. `cloud`: the cloud while it can answer. `auto`: open."""
     wanted = case.request.model
     at_edge, at_cloud = wanted in ("edge", case.device.model), wanted in ("cloud", case.link.model)
     if wanted == "auto" or (at_edge and at_cloud):
@@ -98,7 +100,7 @@ def requested_model(case: Case) -> Bar | None:
     if at_edge:
         return Bar("cloud", "requested_model", f"model {shorten(wanted)} requested")
     if at_cloud:
-        return Bar("edge", "requested_model", f"model {shorten(wanted)} requested")
+        return Bar("edge", "requested_model", f"model {shorten(wanted)} requested", stands_in=wanted == "cloud")
     raise _unknown_model(case)
 
 
@@ -144,11 +146,12 @@ BARS: Final[tuple[Callable[[Case], Bar | None], ...]] = (
 
 
 def _barred(case: Case) -> Mapping[Target, Bar]:
-    """Each barred side with the first bar against it."""
+    """Each barred side with the first bar against it; one that forbids standing in outranks one that does not."""
     barred: dict[Target, Bar] = {}
     for rule in BARS:
-        if bar := rule(case):
-            barred.setdefault(bar.target, bar)
+        bar = rule(case)
+        if bar and (bar.target not in barred or (barred[bar.target].stands_in and not bar.stands_in)):
+            barred[bar.target] = bar
     if len(barred) == len(OTHER):
         raise _refusal(barred)
     return barred
@@ -262,7 +265,7 @@ def _reachable(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> Choi
     if out is None:
         return choice
     other = OTHER[choice.target]
-    obstacle = _obstacle(case, barred, other)
+    obstacle = _obstacle(case, barred, other, failed=out.error is not None)
     if obstacle is None:
         return Choice(other, out.rule, (out.reason, *choice.reasons))
     if out.error is None:
@@ -271,15 +274,15 @@ def _reachable(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> Choi
     raise out.error(f"{out.reason}; not the {other}: {obstacle}", source=choice.target, retry_after=retry_after)
 
 
-def _obstacle(case: Case, barred: Mapping[Target, Bar], other: Target) -> str | None:
+def _obstacle(case: Case, barred: Mapping[Target, Bar], other: Target, *, failed: bool) -> str | None:
     """What keeps `other` from standing in for the side that is out. A slow link does not."""
-    if other in barred:
+    if other in barred and not (barred[other].stands_in and failed):
         return barred[other].reason
     if other == "edge" and not _edge_may_stand_in(case, barred):
-        return "fallback none"
+        return barred[other].reason if other in barred else "fallback none"
     other_out = _outage(case, other)
     return other_out.reason if other_out and other_out.error else None
 
 
 def _edge_may_stand_in(case: Case, barred: Mapping[Target, Bar]) -> bool:
-    return case.policy.fallback == "edge" and "edge" not in barred
+    return case.policy.fallback == "edge" and ("edge" not in barred or barred["edge"].stands_in)
