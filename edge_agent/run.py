@@ -3,10 +3,9 @@
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -31,17 +30,16 @@ async def run(settings: EdgeSettings) -> None:
     keys = Keys.read(settings.keys) if settings.keys else None
     token = admin_token(settings.state_dir or state_folder(os.environ, Path.home()))
     async with AsyncExitStack() as closing:
-        cloud = _cloud(settings)
-        local = _local(settings)
-        closing.push_async_callback(local.aclose)
-        await local.start()
+        cloud, local = _cloud(settings), _local(settings)
         if cloud is not None:
             closing.push_async_callback(cloud.aclose)
-            cloud.start()
+            cloud.start()  # connects while the model loads
+        closing.push_async_callback(local.aclose)
+        await local.start()
         daemon = put_together(local, cloud, policy)
         app = openai_app(daemon, keys=keys, guard=_guard(settings))
         add_admin(app, daemon, token=token)
-        await closing.enter_async_context(background(daemon.device.watch(), policy.watch()))
+        await closing.enter_async_context(background(daemon.device.watch, policy.watch))
         await serve(
             app,
             settings.host,
@@ -92,7 +90,7 @@ def _guard(settings: EdgeSettings) -> Guard:
 
 
 @asynccontextmanager
-async def background(*watches: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def background(*watches: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
     """Runs them beside the body. One that breaks is logged and does not take the daemon with it."""
     tasks = [asyncio.create_task(_kept(watch)) for watch in watches]
     try:
@@ -103,9 +101,9 @@ async def background(*watches: Coroutine[Any, Any, None]) -> AsyncIterator[None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _kept(watch: Coroutine[Any, Any, None]) -> None:
+async def _kept(watch: Callable[[], Awaitable[None]]) -> None:
     try:
-        await watch
+        await watch()
     except Exception as error:
         structlog.get_logger("causeway.edge").error(
             "watch ended", watch=watch.__qualname__, exception=type(error).__name__

@@ -176,7 +176,7 @@ async def test_after_the_first_token_nothing_is_spliced(code: str) -> None:
     [
         (PREFER_CLOUD + "fallback: none", "auto"),
         ("mode: only_cloud", "auto"),
-        (PREFER_CLOUD, "cloud"),
+        (PREFER_CLOUD + "fallback: none", "cloud"),
         (PREFER_CLOUD, "large"),
     ],
 )

@@ -1,0 +1,135 @@
+import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+from bad_input import CHAT, chat
+from edge_sides import HERE, Local
+from fakes import ScriptedAnswer
+
+from edge_agent import run as module
+from edge_agent.run import background, run
+from edge_agent.settings import EdgeSettings
+from shared.config import InvalidSettings
+
+JSON = {"content-type": "application/json"}
+
+
+class Llama(Local):
+    """A local backend as `run` builds it, with a script for a model."""
+
+    made: ClassVar["list[Llama]"] = []
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(ScriptedAnswer(HERE[0], asyncio.Event(), *HERE[1:]))
+        self.path, self.options, self.started = path, options, False
+        Llama.made.append(self)
+
+    async def start(self) -> None:
+        self.started = True
+
+    @property
+    def script(self) -> ScriptedAnswer:
+        return self.inner  # type: ignore[return-value]
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> type[Llama]:
+    monkeypatch.setattr(module, "LlamaBackend", Llama)
+    Llama.made = []
+    return Llama
+
+
+def settings(folder: Path, **values: Any) -> EdgeSettings:
+    model = folder / "m.gguf"
+    model.write_bytes(b"GGUF")
+    return EdgeSettings(model=str(model), port=0, state_dir=folder / "state", **values)
+
+
+async def url_of(capsys: pytest.CaptureFixture[str], task: asyncio.Task[None]) -> str:
+    async with asyncio.timeout(20):
+        while not task.done():
+            out = capsys.readouterr().out
+            if "listening on " in out:
+                return out.split("listening on ")[1].strip()
+            await asyncio.sleep(0.01)
+    task.result()
+    raise AssertionError("ended without listening")
+
+
+async def test_serves_until_sigterm_and_drains(
+    tmp_path: Path, llama: type[Llama], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prints where it listens; on SIGTERM the running answer is finished, then everything is closed."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("mode: prefer_edge")
+    key = tmp_path / "edge.key"
+    key.touch(0o600)
+    key.write_text("cw_key")
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        address = f"ws://127.0.0.1:{nobody.getsockname()[1]}"
+    daemon = asyncio.create_task(run(settings(tmp_path, policy=policy, cloud=address, key_file=key)))
+    url = await url_of(capsys, daemon)
+    side = llama.made[0]
+    async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+        health = await client.get("/health")
+        asked = asyncio.create_task(client.post(CHAT, content=chat(), headers=JSON))
+        await asyncio.wait_for(side.script.begun.wait(), 10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        assert not daemon.done()
+        side.script.script[1].set()  # type: ignore[union-attr]
+        answered = await asked
+    await asyncio.wait_for(daemon, 20)
+
+    assert health.json() == {"status": "ok", "edge": "ready", "cloud": "disconnected"}
+    assert answered.json()["choices"][0]["message"]["content"] == "from here"
+    assert side.started
+    assert side.closed
+    assert (tmp_path / "state" / "admin.token").stat().st_mode & 0o777 == 0o600
+
+
+async def test_an_address_in_use_does_not_start_and_leaves_nothing_open(tmp_path: Path, llama: type[Llama]) -> None:
+    """The error names the port, and the model that was loaded is closed again."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = settings(tmp_path).model_copy(update={"port": taken.getsockname()[1]})
+        with pytest.raises(InvalidSettings) as error:
+            await run(busy)
+
+    assert error.value.param == "port"
+    assert llama.made[0].closed
+
+
+async def test_options_reach_the_local_model(tmp_path: Path, llama: type[Llama]) -> None:
+    """Slots, context, threads and queue are what was set."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = settings(tmp_path, slots=3, context=512, threads=2, queue=9)
+        with pytest.raises(InvalidSettings):
+            await run(given.model_copy(update={"port": taken.getsockname()[1]}))
+
+    assert llama.made[0].path == tmp_path / "m.gguf"
+    assert llama.made[0].options == {"slots": 3, "context": 512, "threads": 2, "queue": 9}
+
+
+async def test_a_watch_that_breaks_does_not_end_the_daemon() -> None:
+    """It is logged; the others go on and are ended with the body."""
+    ended = asyncio.Event()
+
+    async def broken() -> None:
+        raise ValueError("a bug")
+
+    async def going_on() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with background(broken, going_on):
+        await asyncio.sleep(0.01)
+        assert not ended.is_set()
+
+    assert ended.is_set()
