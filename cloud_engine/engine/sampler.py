@@ -21,6 +21,10 @@ FAILED = -1
 """Token of a row whose best logit is not finite: nothing sensible can be drawn, and nothing else should suffer."""
 
 
+COLDEST = 1e-30
+"""The lowest temperature that float32 can divide by."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """A token, and if asked for its log probability and the likeliest tokens (id, log probability), best first."""
@@ -80,7 +84,7 @@ def _draw(logits: Tensor, sequences: List[Sequence]) -> Tensor:
     """Rows relative to their best logit, so that no temperature overflows. Inverse of the cumulative distribution, in
     float64 and in order of token id, at the sequence's own uniform number."""
     settings = [seq.sampling for seq in sequences]
-    logits = logits / _column([item.temperature for item in settings], logits)
+    logits = logits / _column([max(item.temperature, COLDEST) for item in settings], logits)
     if any(item.top_k or item.top_p < 1 for item in settings):
         logits = _top_k_top_p(logits, settings)
     if any(item.min_p for item in settings):

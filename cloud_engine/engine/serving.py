@@ -30,7 +30,7 @@ CLOSE_TIMEOUT_S = 30.0
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """One request: what the engine's thread keeps of it, and the queue its client reads. That needs no bound of its own:
+    """One request: what the engine's thread keeps of it, and the queue its client reads. It needs no bound of its own:
     a request makes `max_tokens` deltas at most."""
 
     id: str
