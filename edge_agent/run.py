@@ -86,7 +86,9 @@ def _trust(authorities: Path | None) -> ssl.SSLContext:
 
 
 def _guard(settings: EdgeSettings) -> Guard:
-    return Guard(hosts=frozenset({settings.host, *settings.hosts}), origins=frozenset(settings.origins))
+    names = (settings.host, *settings.hosts)
+    hosts = frozenset(f"[{name}]" if ":" in name else name.lower() for name in names)
+    return Guard(hosts=hosts, origins=frozenset(settings.origins))
 
 
 @asynccontextmanager

@@ -22,7 +22,6 @@ from shared.errors import (
     PolicyDenied,
     UnknownModel,
     Unreachable,
-    Unrecoverable,
     UpstreamFailed,
     from_code,
 )
@@ -341,17 +340,6 @@ def test_edge_only_puts_nothing_on_the_wire(
     assert not edge.sent
 
 
-async def test_label_is_checked_again_at_the_door() -> None:
-    """Even a decision for the cloud cannot send what is labelled edge_only."""
-    edge = Edge()
-    assert edge.offload is not None
-
-    with pytest.raises(PolicyDenied):
-        await anext(edge.offload.answer(ask(label="edge_only"), edge.policy))
-
-    assert not edge.sent
-
-
 @pytest.mark.parametrize("policy", ["mode: only_edge", "mode: only_cloud"])
 async def test_leaving_ends_the_work_behind(policy: str) -> None:
     """Closing the stream closes the side that answers, and the event says cancelled."""
@@ -471,64 +459,3 @@ async def test_a_request_keeps_the_policy_it_was_decided_by() -> None:
 
     assert text_of([first, *rest]) == "from there"
     assert (await collect(edge.agent, ask()))[0][0].route.target == "edge"  # type: ignore[union-attr]
-
-
-# --- the breaker -----------------------------------------------------------------------------------------------------
-
-BREAKER = PREFER_CLOUD + "breaker: {consecutive_failures: 2, cool_down_s: 10, probe_timeout_s: 5}"
-
-
-async def test_breaker_opens_probes_once_and_closes() -> None:
-    """After two failures nothing is sent; after the cool-down exactly one request probes; its success closes it."""
-    now, gate = [0.0], asyncio.Event()
-    edge = Edge(policy=BREAKER, clock=lambda: now[0])
-    assert edge.remote is not None
-    assert edge.offload is not None
-    edge.remote.inner = Turns((Unreachable("gone"),), (Unreachable("gone"),), (gate, *THERE), THERE)
-    edge.offload.reading()
-
-    for _ in range(4):
-        await collect(edge.agent, ask())
-    assert len(edge.sent) == 2
-    assert edge.offload.breaker_state() == "open"
-
-    now[0] = 10.5
-    probe = asyncio.create_task(collect(edge.agent, ask()))
-    await edge.remote.inner.scripts[2].begun.wait()
-    beside, _ = await collect(edge.agent, ask())
-    gate.set()
-    probed, _ = await probe
-    after, _ = await collect(edge.agent, ask())
-
-    assert text_of(beside) == "from here"
-    assert text_of(probed) == text_of(after) == "from there"
-    assert edge.offload.breaker_state() == "closed"
-    assert len(edge.sent) == 4
-
-
-@pytest.mark.parametrize("error", [BadRequest("no"), Unrecoverable("no")], ids=["the request's", "the cloud's"])
-async def test_the_requests_own_faults_do_not_open_the_breaker(error: CausewayError) -> None:
-    """Refusals that a request deserves show that the cloud lives; other errors count against it."""
-    edge = Edge(cloud=(error,), policy=BREAKER)
-    assert edge.offload is not None
-
-    for _ in range(5):
-        await collect(edge.agent, ask())
-
-    assert (edge.offload.breaker_state() == "closed") == isinstance(error, BadRequest)
-
-
-async def test_a_new_connection_is_probed_at_once() -> None:
-    """The link coming back ends the cool-down."""
-    edge = Edge(cloud=(Unreachable("gone"),), policy=BREAKER)
-    assert edge.remote is not None
-    assert edge.offload is not None
-    await collect(edge.agent, ask())
-    await collect(edge.agent, ask())
-    assert not edge.offload.reading().admitting
-
-    edge.remote.state = Link(connected=False)
-    edge.offload.reading()
-    edge.remote.state = Link(connected=True)
-
-    assert edge.offload.reading().admitting

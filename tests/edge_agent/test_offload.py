@@ -1,0 +1,189 @@
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from edge_sides import LAST, THERE, Link, Remote, Turns, ask
+from fakes import ScriptedAnswer
+
+from edge_agent.offload import Offload
+from router.policy import parse
+from shared.errors import (
+    BadRequest,
+    CausewayError,
+    ContextTooLong,
+    DeadlineExceeded,
+    PolicyDenied,
+    RateLimited,
+    Unreachable,
+    Unrecoverable,
+    UpstreamFailed,
+)
+from shared.schemas import ChatRequest, Delta
+
+POLICY = parse(
+    "mode: prefer_cloud\nfirst_token_timeout_s: 5\n"
+    "breaker: {consecutive_failures: 2, cool_down_s: 10, probe_timeout_s: 5}"
+)
+
+
+class Door:
+    """An Offload over scripts, one a request, with its clock in the test's hands."""
+
+    def __init__(self, *scripts: tuple[Any, ...]) -> None:
+        self.now = 0.0
+        self.turns = Turns(*scripts)
+        self.remote = Remote(self.turns)
+        self.offload = Offload(self.remote, clock=lambda: self.now)
+        self.offload.reading()
+
+    async def send(self, request: ChatRequest | None = None) -> list[Delta] | CausewayError:
+        try:
+            async with aclosing(self.offload.answer(request or ask(), POLICY)) as deltas:
+                return [delta async for delta in deltas]
+        except CausewayError as error:
+            return error
+
+
+async def test_label_is_checked_again_at_the_door() -> None:
+    """Whatever was decided: what is labelled edge_only is refused before the backend hears of it."""
+    door = Door(THERE)
+
+    refused = await door.send(ask(label="edge_only"))
+
+    assert isinstance(refused, PolicyDenied)
+    assert not door.remote.seen
+
+
+async def test_answers_from_the_first_token_on() -> None:
+    """Deltas with nothing in them come before the first token; from there on all is passed through."""
+    door = Door((Delta(), Delta(), THERE[0], Delta(), LAST))
+
+    assert await door.send() == [THERE[0], Delta(), LAST]
+
+
+async def test_time_runs_until_the_first_token() -> None:
+    """Empty deltas are no sign of life: the limit is on the first token, and the work behind is closed."""
+    side = ScriptedAnswer(Delta(), asyncio.Event())
+    offload = Offload(Remote(side))
+
+    with pytest.raises(DeadlineExceeded):
+        await anext(offload.answer(ask(), parse("mode: prefer_cloud\nfirst_token_timeout_s: 0.01")))
+
+    assert side.running == 0
+
+
+async def test_an_answer_without_a_token_or_an_end_has_failed() -> None:
+    """Nothing at all is not an answer."""
+    assert isinstance(await Door((Delta(),)).send(), UpstreamFailed)
+
+
+async def test_breaker_opens_probes_once_and_closes() -> None:
+    """After two failures nothing is sent; after the cool-down exactly one request probes; its success closes it."""
+    gate = asyncio.Event()
+    door = Door((Unreachable("gone"),), (Unreachable("gone"),), (gate, *THERE), THERE)
+
+    results = [await door.send() for _ in range(4)]
+    assert [type(result) for result in results] == [Unreachable] * 4
+    assert len(door.remote.seen) == 2
+    assert door.offload.breaker_state() == "open"
+    assert results[3].retry_after == 10  # type: ignore[union-attr]
+
+    door.now = 10.5
+    probe = asyncio.create_task(door.send())
+    await door.turns.scripts[2].begun.wait()
+    beside = await door.send()
+    gate.set()
+
+    assert isinstance(beside, Unreachable)
+    assert await probe == list(THERE)
+    assert await door.send() == list(THERE)
+    assert door.offload.breaker_state() == "closed"
+    assert len(door.remote.seen) == 4
+
+
+async def test_a_probe_that_fails_waits_twice_as_long() -> None:
+    """The cool-down doubles."""
+    door = Door((Unreachable("gone"),))
+    for _ in range(2):
+        await door.send()
+    door.now = 10.5
+    await door.send()
+
+    door.now = 25.0
+    await door.send()
+    assert len(door.remote.seen) == 3
+    door.now = 31.0
+    await door.send()
+    assert len(door.remote.seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "opens"),
+    [
+        (BadRequest("no"), False),
+        (ContextTooLong("no"), False),
+        (Unrecoverable("no"), True),
+        (RateLimited("no"), True),
+    ],
+)
+async def test_the_requests_own_faults_do_not_open_the_breaker(error: CausewayError, opens: bool) -> None:
+    """Refusals that a request deserves show that the cloud lives; other errors count against it."""
+    door = Door((error,))
+
+    for _ in range(5):
+        await door.send()
+
+    assert (door.offload.breaker_state() == "open") is opens
+
+
+async def test_errors_after_the_first_token_are_not_counted_twice() -> None:
+    """A request is reported once, at its first token; what became of the stream is the link's to show."""
+    door = Door((THERE[0], UpstreamFailed("broke")))
+
+    for _ in range(5):
+        assert isinstance(await door.send(), UpstreamFailed)
+
+    assert door.offload.breaker_state() == "closed"
+
+
+async def test_leaving_before_the_first_token_says_nothing_of_the_cloud() -> None:
+    """Impatient clients do not open the breaker."""
+    door = Door((asyncio.Event(),))
+
+    for turn in range(5):
+        sent = asyncio.create_task(door.send())
+        await door.turns.scripts[0].begun.wait()
+        door.turns.scripts[0].begun.clear()
+        sent.cancel()
+        await asyncio.gather(sent, return_exceptions=True)
+        assert len(door.remote.seen) == turn + 1
+
+    assert door.offload.breaker_state() == "closed"
+    assert door.turns.scripts[0].running == 0
+
+
+async def test_a_new_connection_is_probed_at_once() -> None:
+    """The link coming back ends the cool-down."""
+    door = Door((Unreachable("gone"),))
+    for _ in range(2):
+        await door.send()
+    assert not door.offload.reading().admitting
+
+    door.remote.state = Link(connected=False)
+    door.offload.reading()
+    door.remote.state = Link(connected=True)
+
+    assert door.offload.reading().admitting
+
+
+async def test_reading_puts_link_and_experience_together() -> None:
+    """What the connection says of itself, and what requests have met."""
+    door = Door(THERE)
+    door.remote.state = Link(draining=True, retry_after_s=7.0, round_trip_s=0.04)
+    await door.send()
+    reading = door.offload.reading()
+
+    assert (reading.connected, reading.draining, reading.retry_after_s) == (True, True, 7.0)
+    assert (reading.round_trip_s, reading.first_token_s) == (0.04, 0.0)
+    assert (reading.model, reading.context_length) == ("large", 8192)
