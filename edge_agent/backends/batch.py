@@ -1,0 +1,217 @@
+"""Continuous batching: every step decodes one token of each running request and a bounded piece of the waiting prompts.
+
+Runs on one thread and owns the native context. Prompts share a step's budget evenly, so that a long one neither stalls
+the requests that are decoding nor a short prompt behind it; the budget follows the measured speed, so that a step, and
+with it the reaction to a cancelled request, takes about STEP_S on any machine.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.backends.sampling import Ids, Sampler
+from edge_agent.backends.text import TextStream
+from shared.errors import CausewayError, UpstreamFailed
+from shared.schemas import Delta
+
+STEP_S = 0.25
+MIN_CHUNK = 32
+SMOOTHING = 0.1
+
+
+class Runtime(Protocol):
+    """What batching needs of the native side; see native.Native."""
+
+    tokens: Ids
+    positions: Ids
+    sequences: Ids
+    wanted: NDArray[np.int8]
+    context_length: int
+
+    @property
+    def can_cut(self) -> bool: ...
+    def decode(self, count: int) -> bool: ...
+    def logits(self) -> NDArray[np.float32]: ...
+    def keep(self, sequence: int, length: int) -> None: ...
+    def share(self, source: int, target: int, length: int) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request on its way. `cancelled` is set by another thread and looked at before each step."""
+
+    prompt: Ids
+    sampler: Sampler
+    text: TextStream
+    deliver: Callable[[Delta | CausewayError], None]
+    cancelled: bool = False
+
+
+Event = tuple[Job, Delta | CausewayError]
+
+
+class Slot:
+    """One sequence of the cache: the first `length` of `tokens` are computed; `end` more than that are the prompt's."""
+
+    def __init__(self, index: int, context_length: int) -> None:
+        self.index = index
+        self.tokens: Ids = np.zeros(context_length + 1, np.int32)
+        self.length = 0
+        self.end = 0
+        self.job: Job | None = None
+        self.released = 0
+
+    @property
+    def missing(self) -> int:
+        """Tokens known and not yet computed: 1 while decoding, more while the prompt is being read."""
+        return self.end - self.length
+
+    def shared_prefix(self, prompt: Ids) -> int:
+        size = min(self.length, len(prompt) - 1)  # the last token of a prompt is always computed: its logits are needed
+        different = np.flatnonzero(self.tokens[:size] != prompt[:size])
+        return int(different[0]) if len(different) else size
+
+
+class Batcher:
+    """`admit` while there is a free slot, then `step`, for ever."""
+
+    def __init__(self, runtime: Runtime, slots: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.tokens_per_s: float | None = None
+        self.prefill_tokens_per_s: float | None = None
+        self._runtime = runtime
+        self._slots = [Slot(index, runtime.context_length) for index in range(slots)]
+        self._clock = clock
+        self._releases = 0
+
+    @property
+    def running(self) -> int:
+        return sum(slot.job is not None for slot in self._slots)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [slot.job for slot in self._slots if slot.job is not None]
+
+    def admit(self, job: Job) -> None:
+        """Put a request into the free slot that saves most: where its prompt's beginning is, or the longest unused."""
+        free = [slot for slot in self._slots if slot.job is None]
+        best, common = self._slots[0], 0
+        if self._runtime.can_cut:
+            best, common = max(
+                ((slot, slot.shared_prefix(job.prompt)) for slot in self._slots), key=lambda pair: pair[1]
+            )
+        slot = min(free, key=lambda slot: slot.released)
+        if best.job is None and common * 2 >= best.length:
+            slot = best
+        elif common:
+            self._runtime.keep(slot.index, 0)
+            self._runtime.share(best.index, slot.index, common)
+        self._runtime.keep(slot.index, common)
+        slot.length, slot.end = common, len(job.prompt)
+        slot.tokens[: slot.end] = job.prompt
+        slot.job = job
+        job.text.cached_tokens = common
+
+    def sweep(self) -> int:
+        """Free the slots of cancelled requests; returns how many."""
+        gone = [slot for slot in self._slots if slot.job is not None and slot.job.cancelled]
+        for slot in gone:
+            self._release(slot)
+        return len(gone)
+
+    def step(self) -> list[Event]:
+        """One pass through the model; the events are what requests got by it. Needs at least one running request."""
+        took, count, decodes = self._compose()
+        started = self._clock()
+        if not self._runtime.decode(count):
+            return self._fail(took)
+        self._measure(count, decodes, self._clock() - started)
+        rows = iter(self._runtime.logits())
+        events: list[Event] = []
+        for slot, taken in took:
+            slot.length += taken
+            if slot.missing == 0:
+                self._sample(slot, next(rows), events)
+        return events
+
+    def _compose(self) -> tuple[list[tuple[Slot, int]], int, int]:
+        """Fill the batch: one row of each decoding request, then pieces of prompts. Returns who has how many rows, all
+        rows, and the decoding ones."""
+        busy = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.missing)
+        took: list[tuple[Slot, int]] = []
+        count = decodes = 0
+        budget = self._chunk()
+        for index, slot in enumerate(busy):
+            if slot.missing == 1:
+                taken, decodes = 1, decodes + 1
+            else:
+                taken = min(slot.missing, max(1, budget // (len(busy) - index)), budget)
+                budget -= taken
+            if taken:
+                self._fill(slot, count, taken)
+                took.append((slot, taken))
+                count += taken
+        return took, count, decodes
+
+    def _fill(self, slot: Slot, at: int, taken: int) -> None:
+        runtime, start = self._runtime, slot.length
+        end = at + taken
+        runtime.tokens[at:end] = slot.tokens[start : start + taken]
+        runtime.positions[at:end] = range(start, start + taken) if taken > 1 else start
+        runtime.sequences[at:end] = slot.index
+        runtime.wanted[at:end] = 0
+        runtime.wanted[end - 1] = taken == slot.missing
+
+    def _chunk(self) -> int:
+        room = len(self._runtime.tokens) - len(self._slots)
+        return min(room, max(MIN_CHUNK, int((self.prefill_tokens_per_s or 0) * STEP_S)))
+
+    def _sample(self, slot: Slot, row: NDArray[np.float32], events: list[Event]) -> None:
+        job = slot.job
+        if job is None:
+            return
+        sampled = job.sampler.pick(row)
+        if sampled is None:
+            events.append((job, UpstreamFailed("the model computed no finite number", source="edge")))
+            self._release(slot, computed=False)
+            return
+        slot.tokens[slot.end] = sampled.token
+        slot.end += 1
+        delta = job.text.push(sampled)
+        if delta is not None:
+            events.append((job, delta))
+            if delta.finish_reason is not None:
+                self._release(slot)
+
+    def _release(self, slot: Slot, *, computed: bool = True) -> None:
+        """The slot is free; what it has computed stays, for whoever comes with the same beginning."""
+        self._releases += 1
+        slot.job, slot.released = None, self._releases
+        if not computed or not self._runtime.can_cut:
+            self._runtime.keep(slot.index, 0)
+            slot.length = 0
+        slot.end = slot.length
+
+    def _fail(self, took: list[tuple[Slot, int]]) -> list[Event]:
+        """llama.cpp refused the batch: its requests end, their cache is not to be trusted, others may go on."""
+        error = UpstreamFailed("llama.cpp could not compute this step", source="edge")
+        events: list[Event] = [(slot.job, error) for slot, _ in took if slot.job is not None]
+        for slot, _ in took:
+            self._release(slot, computed=False)
+        return events
+
+    def _measure(self, count: int, decodes: int, took: float) -> None:
+        """Only steps that are clearly one kind or the other tell something."""
+        if took <= 0:
+            return
+        if decodes == count:
+            self.tokens_per_s = _smooth(self.tokens_per_s, count / took)
+        elif decodes * 2 <= count:
+            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, count / took)
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else old + SMOOTHING * (new - old)

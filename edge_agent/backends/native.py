@@ -1,0 +1,206 @@
+"""llama.cpp through its low-level API: the only code that imports llama_cpp, and only when a model is opened.
+
+One thread at a time may call a `Native`, `tokenize` apart. Nothing here waits, schedules or knows requests, so that it
+can move into a process of its own.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from shared.errors import UpstreamFailed
+from shared.gguf import ModelInvalid, check
+
+DEFAULT_CONTEXT = 2048
+BATCH = 512
+"""Tokens that one `decode` can take."""
+
+WARNING, ERROR = 3, 4
+"""Of `enum ggml_log_level`."""
+_SPINS = "1000"
+"""How long a thread of OpenMP spins at a barrier before it sleeps. Its own default loses nothing on an idle machine and
+nearly everything on a busy one, where a spinning thread holds the processor that the awaited one needs (measured)."""
+
+Ids = NDArray[np.int32]
+
+
+class Native:
+    """A model and one context of `slots` sequences with a KV cache in common, each up to `context` tokens long.
+
+    `tokens`, `positions`, `sequences` and `wanted` are views of the batch: fill the first n rows, then `decode(n)`.
+    """
+
+    def __init__(self, path: Path, *, slots: int, context: int | None, threads: int | None) -> None:
+        """Takes seconds. Raises ModelInvalid."""
+        check(path)
+        self._api = _load_library()
+        self._model: Any = None
+        self._context: Any = None
+        self._tokenizing = threading.Lock()
+        self._model = self._open_model(path)
+        try:
+            self._vocab = self._api.llama_model_get_vocab(self._model)
+            self.vocabulary = int(self._api.llama_vocab_n_tokens(self._vocab))
+            trained = int(self._api.llama_model_n_ctx_train(self._model))
+            self.context_length = min(context or DEFAULT_CONTEXT, trained)
+            self._open_context(path, slots, threads or _cores())
+            self._make_batch()
+            self.pieces = [self._piece(token) for token in range(self.vocabulary)]
+        except BaseException:
+            self.close()
+            raise
+        self.ends = frozenset(
+            token for token in range(self.vocabulary) if self._api.llama_vocab_is_eog(self._vocab, token)
+        )
+        self.longest_piece = max(map(len, self.pieces))
+        self._logits_at = 0
+        self._logits = np.empty((0, self.vocabulary), np.float32)
+        self._slots = slots
+
+    @property
+    def chat_template(self) -> str | None:
+        text = self._api.llama_model_chat_template(self._model, None)
+        return None if text is None else text.decode("utf-8", errors="replace")
+
+    def special(self, name: str) -> str:
+        """The text of the vocabulary's `bos` or `eos` token; empty if it has none."""
+        token = int(getattr(self._api, f"llama_vocab_{name}")(self._vocab))
+        return self.pieces[token].decode("utf-8", errors="replace") if 0 <= token < self.vocabulary else ""
+
+    def tokenize(self, text: str, *, add_special: bool) -> Ids:
+        """Special tokens spelled out in the text count as such. May be called from any thread, at any time."""
+        data = text.encode("utf-8", errors="replace")
+        room = len(data) + 8
+        tokens = np.empty(room, np.int32)
+        target = tokens.ctypes.data_as(ctypes.POINTER(self._api.llama_token))
+        with self._tokenizing:
+            if self._model is None:
+                raise UpstreamFailed("the local model is closed", source="edge")
+            count = self._api.llama_tokenize(self._vocab, data, len(data), target, room, add_special, True)
+        if count < 0:
+            raise RuntimeError(f"llama_tokenize wants room for {-count} tokens of {len(data)} bytes")
+        return tokens[:count].copy()
+
+    def decode(self, count: int) -> bool:
+        """Run the first `count` rows of the batch through the model; False if it could not."""
+        self._batch.n_tokens = count
+        return bool(self._api.llama_decode(self._context, self._batch) == 0)
+
+    def logits(self) -> NDArray[np.float32]:
+        """[slots, vocabulary], a view: row i belongs to the i-th wanted row of the last `decode`, until the next."""
+        pointer = self._api.llama_get_logits(self._context)
+        address = ctypes.addressof(pointer.contents)
+        if address != self._logits_at:
+            floats: Any = (ctypes.c_float * (self._slots * self.vocabulary)).from_address(address)
+            self._logits = np.frombuffer(floats, np.float32).reshape(self._slots, self.vocabulary)
+            self._logits_at = address
+        return self._logits
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether a sequence can be cut back to a prefix: not where its state is one running sum."""
+        return not (self._api.llama_model_is_recurrent(self._model) or self._api.llama_model_is_hybrid(self._model))
+
+    def keep(self, sequence: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a sequence. A length other than 0 needs `can_cut`."""
+        self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let an empty sequence begin with another's first `length` tokens; the cache cells are then in common."""
+        self._api.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def close(self) -> None:
+        with self._tokenizing:
+            if self._context is not None:
+                self._api.llama_free(self._context)
+            if self._model is not None:
+                self._api.llama_model_free(self._model)
+            self._context = self._model = None
+
+    def _open_model(self, path: Path) -> Any:
+        params = self._api.llama_model_default_params()
+        model = self._api.llama_model_load_from_file(os.fsencode(path), params)
+        if model is None:
+            raise ModelInvalid(f"{path.name}: llama.cpp cannot load it", param="model")
+        return model
+
+    def _open_context(self, path: Path, slots: int, threads: int) -> None:
+        params = self._api.llama_context_default_params()
+        params.n_ctx = slots * self.context_length
+        params.n_seq_max = slots
+        # One cache for all: streams of their own are batched only while the busy ones happen to be neighbours.
+        params.kv_unified = True
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_outputs_max = slots
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        self._context = self._api.llama_init_from_model(self._model, params)
+        if self._context is None:
+            raise ModelInvalid(
+                f"{path.name}: no memory for {slots} slots of {self.context_length} tokens", param="context"
+            )
+        self._memory = self._api.llama_get_memory(self._context)
+
+    def _make_batch(self) -> None:
+        """A batch whose arrays are numpy's own: written at C speed, no ctypes object for each token."""
+        api, batch = self._api, self._api.llama_batch()
+        self.tokens = np.zeros(BATCH, np.int32)
+        self.positions = np.zeros(BATCH, np.int32)
+        self.sequences = np.zeros(BATCH, np.int32)
+        self.wanted = np.zeros(BATCH, np.int8)
+        one_each = np.ones(BATCH, np.int32)
+        each = (self.sequences.ctypes.data + self.sequences.itemsize * np.arange(BATCH)).astype(np.uintp)
+        self._keep_alive = (one_each, each)
+        batch.token = self.tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
+        batch.pos = self.positions.ctypes.data_as(ctypes.POINTER(api.llama_pos))
+        batch.n_seq_id = one_each.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.seq_id = each.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(api.llama_seq_id)))
+        batch.logits = self.wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        self._batch = batch
+
+    def _piece(self, token: int) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = self._api.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length
+
+
+def _load_library() -> Any:
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    from llama_cpp import llama_cpp as api
+
+    api.llama_log_set(_log_callback(api), None)
+    api.llama_backend_init()
+    return api
+
+
+@functools.cache
+def _log_callback(api: ModuleType) -> Any:
+    """Cached because llama.cpp keeps the pointer as long as the process lives."""
+    log = structlog.get_logger("causeway.llama")
+
+    def forward(level: int, text: bytes, _: Any) -> None:
+        if level in (WARNING, ERROR):
+            tell = log.warning if level == ERROR else log.debug
+            tell("llama.cpp", text=text.decode("utf-8", errors="replace").strip())
+
+    return api.llama_log_callback(forward)
+
+
+def _cores() -> int:
+    """Physical cores that this process may use: hyperthreads share the units that matrix products keep busy."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))

@@ -1,0 +1,68 @@
+"""The text side of one local answer: sampled tokens in, deltas out. No thread, no loop, no model."""
+
+import codecs
+from collections.abc import Set
+from typing import Literal
+
+from edge_agent.backends.sampling import Sampled
+from shared.schemas import Delta, FinishReason, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.stops import StopScanner
+
+Ending = Literal["stop", "length"]
+
+
+class TextStream:
+    """Concatenated, the texts of its deltas are the decoded output, cut before the first stop string.
+
+    `pieces` are the tokens' bytes, of which a character may need several; `ends` the tokens that end an answer.
+    """
+
+    def __init__(
+        self, pieces: list[bytes], ends: Set[int], sampling: Sampling, *, prompt_tokens: int, max_tokens: int
+    ) -> None:
+        self.cached_tokens = 0
+        self._pieces = pieces
+        self._ends: Set[int] = frozenset() if sampling.ignore_eos else ends
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._scanner = StopScanner(sampling.stop)
+        self._prompt_tokens = prompt_tokens
+        self._max_tokens = max_tokens
+        self._pending = self._total = 0
+        self._logprobs: list[TokenLogprob] = []
+
+    def push(self, sampled: Sampled) -> Delta | None:
+        """Take one token. None while all its text is held back; the delta that ends the answer has the usage."""
+        self._total += 1
+        self._pending += 1
+        text = ""
+        ending: Ending | None = "length" if self._total >= self._max_tokens else None
+        if sampled.token in self._ends:
+            ending = "stop"
+        else:
+            text = self._scanner.push(self._characters.decode(self._pieces[sampled.token]))
+            if sampled.logprob is not None:
+                self._logprobs.append(self._logprob(sampled, sampled.logprob))
+        if self._scanner.hit is not None:
+            ending = "stop"
+        if ending is None:
+            return self._release(text) if text else None
+        text += self._scanner.push(self._characters.decode(b"", final=True)) + self._scanner.flush()
+        return self._release(text, "stop" if self._scanner.hit is not None else ending)
+
+    def _release(self, text: str, reason: FinishReason | None = None) -> Delta:
+        tokens, logprobs = self._pending, tuple(self._logprobs)
+        self._pending, self._logprobs = 0, []
+        usage = None
+        if reason is not None:
+            usage = Usage(
+                prompt_tokens=self._prompt_tokens, completion_tokens=self._total, cached_tokens=self.cached_tokens
+            )
+        return Delta(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason, usage=usage)
+
+    def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
+        top = tuple(TopLogprob(*self._spelled(token, value)) for token, value in sampled.top)
+        return TokenLogprob(*self._spelled(sampled.token, logprob), top)
+
+    def _spelled(self, token: int, logprob: float) -> tuple[str, float, tuple[int, ...]]:
+        piece = self._pieces[token]
+        return piece.decode("utf-8", errors="replace"), logprob, tuple(piece)
