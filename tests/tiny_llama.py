@@ -1,4 +1,4 @@
-"""A Llama of a few thousand weights with a byte-level tokenizer: real files of a real format, small enough for any test."""
+"""A Llama of a few thousand weights with a byte-level tokenizer: real files, small enough for any test."""
 
 from functools import cache
 from pathlib import Path

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Case:
-    """Sequences given as (count of new tokens, context, block table); their past is in the cache, every other slot NaN."""
+    """Sequences given as (count of new tokens, context, block table); their past is in the cache, other slots NaN."""
 
     def __init__(self, sequences, *, padded=False, poison=float("nan")) -> None:
         generator = torch.Generator().manual_seed(1)
