@@ -85,6 +85,11 @@ class Stream:
         return delta
 
     @property
+    def pending(self) -> int:
+        """Pieces that can be taken."""
+        return len(self._inbox)
+
+    @property
     def drained(self) -> bool:
         return len(self._inbox) <= self._rules.window // 2
 
