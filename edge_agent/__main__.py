@@ -18,7 +18,6 @@ keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients beyond 
 app.add_typer(keys_app, name="keys")
 
 EXIT_ERROR = 2
-Name = Annotated[str, typer.Argument(help="For example smollm2:135m.")]
 
 
 @app.command()
@@ -60,12 +59,47 @@ def serve(
     asyncio.run(run(settings))
 
 
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="A name such as smollm2:135m, or the https:// URL of a GGUF file.")],
+    sha256: Annotated[str | None, typer.Option(help="What a URL must deliver, in hexadecimal.")] = None,
+) -> None:
+    """Put a model into the store, checked; instant if it is there."""
+    from edge_agent.models import pull as pull_model
+
+    pull_model(name, store=_store(), sha256=sha256)
+
+
+@app.command("list")
+def list_models() -> None:
+    """The models on this device: name, size, the first digits of the SHA-256."""
+    from edge_agent.models import list_models as models
+
+    for model in models(_store()):
+        typer.echo(f"{model.name:<40} {model.size / 1e6:>8.0f} MB  {model.sha256[:12]}")
+
+
+@app.command("rm")
+def remove(name: Annotated[str, typer.Argument(help="As `list` shows it.")]) -> None:
+    """Remove a model from the store."""
+    from edge_agent.models import remove as remove_model
+
+    remove_model(name, store=_store())
+    typer.echo(f"removed {name}")
+
+
 @keys_app.command("new")
 def new_key(keys: Annotated[Path, typer.Option(help="File to add the key's hash to.")]) -> None:
     """Make a key for a client and print it; it is not kept, only its hash is."""
     from edge_agent.api.credentials import add_key
 
     typer.echo(add_key(keys))
+
+
+def _store() -> Path:
+    from shared.models import default_store
+
+    return default_store(os.environ, Path.home())
 
 
 def main() -> None:

@@ -91,6 +91,47 @@ def test_wrong_usage_is_refused(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["pull", "nobody:7b"], "smollm2:135m"),
+        (["pull", "../../etc/passwd"], "smollm2:135m"),
+        (["pull", "http://192.0.2.1/m.gguf"], "https"),
+        (["rm", "nobody:7b"], "not on this device"),
+        (["rm", "../../etc/passwd"], "cannot be the name"),
+    ],
+)
+def test_models_that_are_not_there_are_named(
+    args: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unknown names, paths for names and addresses that are not safe: one line, exit status 2."""
+    assert run(monkeypatch, *args) == 2
+
+    err = capsys.readouterr().err
+    assert err.startswith("edge-agent: ")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_list_and_rm_see_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies in the store is listed, and gone once removed."""
+    store = tmp_path / ".local/share/causeway/models"
+    store.mkdir(parents=True)
+    (store / "tiny-1b.gguf").write_bytes(b"GGUF")
+    (store / "tiny-1b.json").write_text('{"name": "tiny:1b", "size": 4000000, "sha256": "abcdef0123456789"}')
+
+    assert run(monkeypatch, "list") == 0
+    listed = capsys.readouterr().out
+    assert run(monkeypatch, "rm", "tiny:1b") == 0
+    assert run(monkeypatch, "list") == 0
+
+    assert listed.split() == ["tiny:1b", "4", "MB", "abcdef012345"]
+    assert capsys.readouterr().out == "removed tiny:1b\n"
+    assert not list(store.iterdir())
+
+
 def test_a_new_key_is_printed_once_and_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
