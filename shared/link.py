@@ -154,10 +154,8 @@ class ClientSession:
         self._wire, self._welcomed, self.draining = None, False, False
         self._by_sid.clear()
         self._uploads.clear()
-        for stream in list(self._streams):
+        for stream in self._streams:
             stream.lost(now)
-            if stream.given_up is not None and not stream.token:
-                self._forget(stream)
 
     def refused(self, error: CausewayError) -> None:
         """No connection could be made. Requests that the server has not seen fail at once."""
@@ -190,7 +188,10 @@ class ClientSession:
     def _send_open(self, stream: Stream, now: float) -> None:
         self._move(stream)
         self._control(stream.open_frame(), now)
-        self._uploads.append(stream)
+        if stream.given_up is None:
+            self._uploads.append(stream)
+        else:  # without its body this finds the execution, if there is one, but never starts one
+            self._control(Cancel(stream.sid), now)
 
     def _send_resume(self, stream: Stream, now: float) -> None:
         self._move(stream)
@@ -377,7 +378,7 @@ class ClientSession:
         else:
             stream.finish(Unreachable(why, source="edge"))
         stream.given_up = now
-        return None if stream.token else self._forget(stream)
+        return None if stream.opened else self._forget(stream)
 
 
 def _again(error: CausewayError) -> CausewayError:

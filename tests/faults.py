@@ -1,0 +1,117 @@
+"""A TCP proxy that misbehaves on request, and says what it did: a test must prove that its fault happened."""
+
+import asyncio
+import socket
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class Proxy:
+    """Passes bytes between its port and `target`. Its toxics may be changed at any time.
+
+    `cut_after` bytes from the server, or a call of `cut`, close both ends (`reset`: with RST); `black_hole` swallows
+    everything and closes nothing; `delay` seconds hold back each chunk; `slice_to` bytes is the largest chunk that is
+    passed on; `refuse` accepts and closes at once. `happened` counts what was done.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.port = 0
+        self.cut_after: int | None = None
+        self.reset = False
+        self.black_hole = False
+        self.refuse = False
+        self.delay = 0.0
+        self.slice_to = 65536
+        self.happened: Counter[str] = Counter()
+        self.up = bytearray()
+        """Everything that a client sent."""
+        self.down_bytes = 0
+        self._pairs: dict[asyncio.StreamWriter, asyncio.StreamWriter] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def cut(self) -> None:
+        """Break every connection now."""
+        for pair in list(self._pairs.items()):
+            self.happened["cut"] += 1
+            for writer in pair:
+                self._close(writer)
+
+    async def aclose(self) -> None:
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.happened["connected"] += 1
+        if self.refuse:
+            self.happened["refused"] += 1
+            self._close(writer)
+            return
+        try:
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            self.happened["unreachable"] += 1
+            self._close(writer)
+            return
+        self._pairs[writer] = to_server
+        try:
+            await asyncio.gather(self._pass(reader, to_server, up=True), self._pass(from_server, writer, up=False))
+        finally:
+            self._pairs.pop(writer, None)
+            self._close(writer)
+            self._close(to_server)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool) -> None:
+        try:
+            while chunk := await reader.read(self.slice_to):
+                if up:
+                    self.up += chunk
+                if self.black_hole:
+                    self.happened["swallowed"] += 1
+                    continue
+                if self.delay:
+                    self.happened["delayed"] += 1
+                    await asyncio.sleep(self.delay)
+                if not up and self.cut_after is not None and self.down_bytes + len(chunk) > self.cut_after:
+                    writer.write(chunk[: max(0, self.cut_after - self.down_bytes)])
+                    self.cut_after = None
+                    self.cut()
+                    return
+                self.down_bytes += 0 if up else len(chunk)
+                self.happened["chunks"] += 1
+                writer.write(chunk)
+                await writer.drain()
+        except OSError:
+            pass
+        self._close(writer)
+
+    def _close(self, writer: asyncio.StreamWriter) -> None:
+        if self.reset and not writer.is_closing():
+            self.happened["reset"] += 1
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+        writer.close()
+
+
+@asynccontextmanager
+async def faulty(target: int) -> AsyncIterator[Proxy]:
+    """A proxy in front of a loopback port."""
+    proxy = Proxy(target)
+    server = await asyncio.start_server(proxy.accept, "127.0.0.1", 0)
+    proxy.port = server.sockets[0].getsockname()[1]
+    try:
+        yield proxy
+    finally:
+        server.close()
+        await proxy.aclose()
+        await server.wait_closed()
