@@ -1,6 +1,9 @@
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from io import StringIO
+from pathlib import Path
 
 import pytest
 from fakes import ScriptedAnswer
@@ -117,3 +120,18 @@ async def test_the_log_is_one_line_without_the_prompt(capsys: pytest.CaptureFixt
     assert json.loads(second)["id"] == forged.request_id
     assert "secret" not in first
     assert "\x1b" not in second
+
+
+async def test_a_log_that_cannot_be_written_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard error on a full disk, or closed: every answer and every event goes on."""
+    for stream in (Path("/dev/full").open("w", encoding="utf-8", buffering=1), StringIO()):  # noqa: SIM115, ASYNC230
+        monkeypatch.setattr("sys.stderr", stream)
+        set_up_logging()
+        if isinstance(stream, StringIO):
+            stream.close()
+        deltas = [delta async for delta in observed(ScriptedAnswer(*DONE).answer(REQUEST), REQUEST, (RequestLog(),))]
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            stream.close()
+
+        assert deltas == list(DONE)
