@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 
-from shared.schemas import ChatRequest, Delta, Route, TokenLogprob, TopLogprob, Usage
+from shared.errors import CausewayError
+from shared.schemas import Answer, ChatRequest, Delta, Route, TokenLogprob, TopLogprob, Usage
 
 
 class ScriptedAnswer:
@@ -22,6 +24,12 @@ class ScriptedAnswer:
     @property
     def running(self) -> int:
         return len(self.requests) - len(self.closed)
+
+    async def idle(self) -> None:
+        """Wait until nothing is running."""
+        while self.running:
+            self.ended.clear()
+            await self.ended.wait()
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
@@ -72,3 +80,33 @@ def _logprobs(request: ChatRequest, word: str) -> tuple[TokenLogprob, ...]:
         return ()
     top = tuple(TopLogprob(f"alt{at}", -1.0 - at, tuple(b"alt")) for at in range(wanted))
     return (TokenLogprob(word, -0.5, tuple(word.encode()), top),)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The engine's numbers, as the gateway reads them."""
+
+    running: int = 1
+    waiting: int = 2
+    kv_blocks_used: int = 3
+    kv_blocks_total: int = 4
+    prefix_hit_tokens: int = 5
+    prefix_query_tokens: int = 6
+    preemptions: int = 7
+    generated_tokens: int = 8
+
+
+class FakeEngine:
+    """Any Answer, dressed as the cloud's engine. `salts` are those it was called with."""
+
+    def __init__(self, inner: Answer) -> None:
+        self.inner = inner
+        self.salts: list[str] = []
+        self.failure: CausewayError | None = None
+
+    def stats(self) -> Stats:
+        return Stats()
+
+    def answer(self, request: ChatRequest, *, salt: str = "") -> AsyncGenerator[Delta, None]:
+        self.salts.append(salt)
+        return self.inner.answer(request)

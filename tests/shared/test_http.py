@@ -215,9 +215,7 @@ async def test_leaving_stops_every_choice() -> None:
         await reader.readuntil(b'"index":3')
         writer.close()
         async with asyncio.timeout(2):
-            while answer.running:
-                await answer.ended.wait()
-                await asyncio.sleep(0)
+            await answer.idle()
         assert sorted(answer.closed) == sorted(request.id for request in answer.requests)
 
 
