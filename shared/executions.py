@@ -40,7 +40,7 @@ class Rules:
     """How long a control frame may wait to be sent before the connection counts as not being read."""
     orphan_grace: float = 30.0
     coalesce: float = 0.040
-    run_ahead: int = 32 << 10
+    run_ahead: int = 16 << 10
     """How far an execution may produce beyond what its reader acknowledged, before it is asked to wait."""
     max_uploads: int = 4 << 20
     """Of request bodies still arriving on one connection."""
