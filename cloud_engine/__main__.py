@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from shared.config import InvalidSettings, load
 from shared.errors import CausewayError
 from shared.frames import MAX_FRAME
 from shared.models import default_store, model_name, resolve, verify
-from shared.serving import check_bind
+from shared.serving import bind, check_bind
 from shared.serving import serve as serve_app
 from shared.telemetry import RequestLog, set_up_logging
 
@@ -66,7 +67,8 @@ def serve(
     check_bind(settings.host, tls=settings.tls is not None, keys=settings.keys is not None)
     set_up_logging(settings.log_level)
     key_file = Keys(settings.keys) if settings.keys else None
-    asyncio.run(_serve(settings, _load(settings), key_file))
+    with bind(settings.host, settings.port) as listener:
+        asyncio.run(_serve(settings, _load(settings), key_file, listener))
 
 
 @keys_app.command("new")
@@ -95,15 +97,10 @@ def bench(
     path = _resolved(settings.model)
     from cloud_engine.bench import run
 
-    config = settings.engine_config()
-    for row in run(
-        path,
-        n=tuple(n or BATCHES),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        config=config,
-    ):
-        typer.echo(row)
+    try:
+        run(path, n or BATCHES, prompt_tokens, output_tokens, settings.dtype, device=settings.device)
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from error
 
 
 def _load(settings: CloudSettings) -> "EngineAnswer":
@@ -117,7 +114,7 @@ def _load(settings: CloudSettings) -> "EngineAnswer":
         raise InvalidSettings(str(error)) from error
 
 
-async def _serve(settings: CloudSettings, engine: "EngineAnswer", keys: Keys | None) -> None:
+async def _serve(settings: CloudSettings, engine: "EngineAnswer", keys: Keys | None, listener: socket.socket) -> None:
     registry = CollectorRegistry()
     gateway = Gateway(
         engine,
@@ -138,6 +135,7 @@ async def _serve(settings: CloudSettings, engine: "EngineAnswer", keys: Keys | N
             drain=lambda: gateway.drain(settings.drain_s),
             drain_s=settings.drain_s + CLOSE_S,
             ws_max_size=MAX_FRAME,
+            listener=listener,
         )
     finally:
         await engine.aclose()

@@ -65,17 +65,18 @@ async def serve(
     drain_s: float = 20.0,
     ws_max_size: int = 1 << 20,
     header_timeout: float = HEADER_TIMEOUT,
+    listener: socket.socket | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT (or until `stop` is set; then signals are left alone).
 
     Once it listens, `on_listening(url)` is called; by default it prints `listening on URL`. Stopping is staged: `drain`
     (refuse new requests, finish those that run) for at most `drain_s`, then what still runs is cancelled and told so,
-    then connections close. A second signal ends the draining. Raises InvalidSettings if the address cannot be bound.
+    then connections close. A second signal ends the draining. Raises InvalidSettings if the address cannot be bound;
+    a caller with slow work to do first calls `bind` itself and passes the `listener`.
     """
-    listener = _bind(host, port)
-    address = listener.getsockname()
-    url = f"{'https' if tls else 'http'}://{_in_url(host)}:{address[1]}"
+    listener = listener or bind(host, port)
+    url = f"{'https' if tls else 'http'}://{_in_url(host)}:{listener.getsockname()[1]}"
     server = _Server(_config(app, tls, ws_max_size, header_timeout), lambda: (on_listening or announce)(url))
     with contextlib.nullcontext(stop) if stop else _signals() as stopping:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -109,7 +110,10 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process was bound to it too, and was faster
+            raise InvalidSettings(f"cannot listen: {error.strerror}", param="port") from error
         self._on_started()
 
 
@@ -172,7 +176,8 @@ def _config(app: ASGIApp, tls: Tls | None, ws_max_size: int, header_timeout: flo
     )
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that owns the address, but does not listen yet. Raises InvalidSettings."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)

@@ -1,0 +1,130 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cloud_engine.__main__ import repeated
+from cloud_engine.gateway.auth import Keys
+
+COMMAND = [sys.executable, "-m", "cloud_engine"]
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *args], capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **env}
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--n", "1", "8", "32"], ["--n", "1", "--n", "8", "--n", "32"]),
+        (["--n", "1", "8", "--in", "5"], ["--n", "1", "--n", "8", "--in", "5"]),
+        (["--in", "5", "--n", "1"], ["--in", "5", "--n", "1"]),
+        (["--n=4", "--n", "2"], ["--n=4", "--n", "2"]),
+        (["--n", "-3"], ["--n", "-3"]),
+        (["--model", "m", "x"], ["--model", "m", "x"]),
+        ([], []),
+    ],
+)
+def test_an_option_takes_several_values(args: list[str], expected: list[str]) -> None:
+    """`--n 1 8 32` is `--n 1 --n 8 --n 32`; other options are left alone."""
+    assert repeated(args, {"--n"}) == expected
+
+
+def test_help_does_not_load_torch() -> None:
+    """Building the command line imports neither torch nor transformers."""
+    code = "import sys, cloud_engine.__main__; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_new_key_is_shown_once(tmp_path: Path) -> None:
+    """The key is the only thing on stdout; it opens the file it was put in."""
+    file = tmp_path / "k"
+    done = run("keys", "new", "--tenant", "edge-1", "--keys", str(file))
+
+    assert done.returncode == 0
+    token = done.stdout.strip()
+    assert Keys(file).tenant_of({"authorization": f"Bearer {token}"}) == "edge-1"
+    assert token not in done.stderr
+
+
+def test_keys_have_a_default_place(tmp_path: Path) -> None:
+    """Without --keys the file is under XDG_CONFIG_HOME."""
+    assert run("keys", "new", XDG_CONFIG_HOME=str(tmp_path)).returncode == 0
+    assert len(Keys(tmp_path / "causeway" / "cloud-keys")) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["serve"], "model"),
+        (["serve", "--model", "no/such/model"], "no/such/model"),
+        (["serve", "--model", "m", "--host", "0.0.0.0"], "keys and TLS"),
+        (["serve", "--model", "m", "--host", "192.168.0.1", "--keys", "k"], "TLS"),
+        (["serve", "--model", "m", "--keys", "no-such-file"], "no-such-file"),
+        (["serve", "--model", "m", "--port", "70000"], "port"),
+        (["serve", "--model", "m", "--dtype", "int4"], "dtype"),
+        (["serve", "--model", "m", "--config", "no.toml"], "no.toml"),
+        (["serve", "--model", "m", "--tls-cert", "c.pem"], "tls_key"),
+        (
+            ["bench", "--model", "no/such/model", "--n", "1", "8", "32", "64", "--in", "8", "--out", "8"],
+            "no/such/model",
+        ),
+        (["bench", "--model", "m", "--n", "0", "8"], "--n"),
+        (["keys", "new", "--tenant", "a b", "--keys", "k"], "tenant"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], text: str) -> None:
+    """No traceback; the message names what is wrong."""
+    done = run(*args)
+
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """Starting a second one by mistake costs no time and no memory."""
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"GGUF")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("serve", "--model", str(model), "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
+    assert "cannot listen" in done.stderr
+
+
+@pytest.mark.model
+def test_serve_says_where_it_listens_answers_and_ends(model_path: Path, tmp_path: Path) -> None:
+    """The real thing: the line on stdout, an answer with a key, 401 without, exit 0 on SIGTERM."""
+    file = tmp_path / "keys"
+    token = run("keys", "new", "--keys", str(file)).stdout.strip()
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--model", str(model_path), "--port", "0", "--keys", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("listening on http://127.0.0.1:")
+        body = {"model": "cloud", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        url = f"{line.split()[-1]}/v1/chat/completions"
+        assert httpx.post(url, json=body, timeout=60).status_code == 401
+        reply = httpx.post(url, json=body, headers={"authorization": f"Bearer {token}"}, timeout=60)
+        assert reply.json()["usage"]["completion_tokens"] == 2
+        process.terminate()
+        rest, log = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert rest == ""
+    assert "Hi" not in log
+    assert token.rsplit("_", 1)[1] not in log

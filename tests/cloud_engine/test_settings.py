@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+from cloud_engine.engine.config import EngineConfig
+from cloud_engine.gateway.limits import TenantLimits
+from cloud_engine.settings import CloudSettings
+from shared.config import InvalidSettings, load
+
+
+def test_the_defaults_are_the_engines_own() -> None:
+    """With nothing but a model, engine and limits are as their own defaults say, on loopback 8585 without keys."""
+    settings = load(CloudSettings, None, {}, {"model": "m"})
+
+    assert settings.engine_config() == EngineConfig()
+    assert settings.tenant_limits() == TenantLimits()
+    assert (settings.host, settings.port, settings.keys, settings.tls) == ("127.0.0.1", 8585, None, None)
+
+
+def test_every_engine_setting_reaches_the_engine() -> None:
+    """Each option changes the config, and lists may be given in one environment variable."""
+    flags = {
+        "model": "m",
+        "model_len": 100,
+        "block_size": 8,
+        "kv_blocks": 50,
+        "kv_bytes": 1 << 21,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 77,
+        "max_waiting": 5,
+        "prefix_caching": False,
+        "dtype": "bfloat16",
+        "device": "cuda",
+    }
+    env = {"CAUSEWAY_HOSTS": "Cloud.lan, other", "CAUSEWAY_ORIGINS": "https://a.example", "CAUSEWAY_CONCURRENT": "9"}
+    settings = load(CloudSettings, None, env, flags)
+
+    assert settings.engine_config() == EngineConfig(
+        model_len=100,
+        block_size=8,
+        num_blocks=50,
+        kv_bytes=1 << 21,
+        max_num_seqs=3,
+        max_num_batched_tokens=77,
+        max_waiting=5,
+        prefix_caching=False,
+        dtype="bfloat16",
+        device="cuda",
+    )
+    assert settings.guard().hosts == {"cloud.lan", "other"}
+    assert settings.guard().origins == {"https://a.example"}
+    assert settings.tenant_limits().concurrent == 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        ({"model": ""}, "model"),
+        ({"port": 65536}, "port"),
+        ({"dtype": "int4"}, "dtype"),
+        ({"kv_blocks": -1}, "kv_blocks"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"drain_s": float("nan")}, "drain_s"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"tls_cert": Path("c.pem")}, "tls"),
+        ({"zap": 1}, "zap"),
+    ],
+)
+def test_bad_settings_are_named(flags: dict[str, object], field: str) -> None:
+    """The process does not start, and says which setting is why."""
+    with pytest.raises(InvalidSettings, match=field):
+        load(CloudSettings, None, {}, {"model": "m", **flags})
