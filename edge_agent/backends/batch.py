@@ -106,7 +106,7 @@ class Batcher:
         slot = min(free, key=lambda slot: slot.released)
         if best.job is None and common * 2 >= best.length:
             slot = best
-        elif common:
+        elif common and best is not slot:
             self._runtime.keep(slot.index, 0)
             self._runtime.share(best.index, slot.index, common)
         self._runtime.keep(slot.index, common)

@@ -1,0 +1,121 @@
+"""The next token: what each field of Sampling does to a row of logits."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.backends.sampling import Sampled, Sampler, uniform
+from shared.schemas import Sampling
+
+PROMPT = np.array([0, 1], np.int32)
+
+
+def draws(logits: list[float], count: int = 400, **fields: object) -> list[int]:
+    """One pick for each of `count` seeds."""
+    found = []
+    for seed in range(count):
+        sampler = Sampler(Sampling(seed=seed, **fields), PROMPT, len(logits), 0)  # type: ignore[arg-type]
+        sampled = sampler.pick(np.array(logits, np.float32))
+        assert sampled is not None
+        found.append(sampled.token)
+    return found
+
+
+def pick(sampler: Sampler, logits: list[float]) -> Sampled:
+    sampled = sampler.pick(np.array(logits, np.float32))
+    assert sampled is not None
+    return sampled
+
+
+def test_temperature_zero_is_the_argmax() -> None:
+    """Of equal ones the lowest id, whatever the seed."""
+    assert set(draws([0, 3, 3, 1], temperature=0)) == {1}
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Half, a quarter, a quarter: within four standard deviations over many seeds."""
+    found = draws([math.log(2), 0, 0], 2000)
+
+    assert found.count(0) == pytest.approx(1000, abs=90)
+    assert found.count(1) == pytest.approx(500, abs=78)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 2.0])
+def test_no_temperature_overflows(temperature: float) -> None:
+    """Huge logits and a tiny temperature still give the likeliest."""
+    assert set(draws([3e38, -3e38, 0], 20, temperature=temperature)) == {0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed"),
+    [
+        ({"top_k": 1}, {3}),
+        ({"top_k": 2}, {2, 3}),
+        ({"top_k": 100}, {0, 1, 2, 3}),
+        ({"top_p": 0.5}, {3}),
+        ({"top_p": 0.6}, {2, 3}),
+        ({"top_p": 0.9}, {1, 2, 3}),
+        ({"top_p": 1e-9}, {3}),
+        ({"min_p": 0.3}, {2, 3}),
+        ({"min_p": 1.0}, {3}),
+        ({"top_k": 2, "top_p": 0.6}, {3}),  # of the two that are left the first has 0.62
+    ],
+)
+def test_filters_keep_exactly_what_they_say(fields: dict[str, float], allowed: set[int]) -> None:
+    """Probabilities are 0.06, 0.12, 0.31, 0.51."""
+    logits = [math.log(p) for p in (0.06, 0.12, 0.31, 0.51)]
+
+    assert set(draws(logits, 600, **fields)) == allowed
+
+
+@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=200), st.floats(1e-6, 0.999), st.integers(0, 999))
+def test_the_nucleus_is_the_smallest_that_reaches_p(logits: list[float], top_p: float, seed: int) -> None:
+    """The token drawn is one whose likelier ones do not reach p yet: the definition, by sorting everything."""
+    sampler = Sampler(Sampling(top_p=top_p, seed=seed), PROMPT[:0], len(logits), 0)
+
+    token = pick(sampler, logits).token
+
+    weights = np.exp(np.array(logits, np.float64) - max(logits))
+    likelier = weights[weights > weights[token]].sum() / weights.sum()
+    assert likelier < top_p + 1e-9
+
+
+def test_a_seed_gives_the_same_text_and_another_does_not() -> None:
+    """The number at a position depends on the seed and the position alone."""
+    assert draws([0.0] * 50, 30) == draws([0.0] * 50, 30)
+    assert len(set(draws([0.0] * 50, 30))) > 5
+    assert uniform(-(1 << 63), 0) != uniform(0, 0)
+    assert 0 <= uniform(7, 1 << 40) < 1
+
+
+def test_repetition_counts_the_prompt_and_presence_does_not() -> None:
+    """The prompt has tokens 0 and 1: repetition divides a positive logit and multiplies a negative one."""
+    scaled = np.array([3.0, -3.0, 2.0], np.float32)
+    Sampler(Sampling(temperature=0, repetition_penalty=2.0), PROMPT, 3, 0).pick(scaled)
+    assert scaled.tolist() == [1.5, -6.0, 2.0]
+
+    sampler = Sampler(Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), PROMPT, 3, 0)
+    assert [pick(sampler, [3.0, 2.9, 0.0]).token for _ in range(2)] == [0, 1]
+    third = np.array([3.0, 2.9, 0.0], np.float32)
+    sampler.pick(third)
+    assert third.tolist() == pytest.approx([2.25, 2.15, 0.0])
+
+
+def test_log_probabilities_are_of_the_penalised_logits_before_temperature() -> None:
+    """Natural logarithms that sum to one, best first, as many as asked for."""
+    sampler = Sampler(Sampling(temperature=0.1, top_k=1, logprobs=3), PROMPT, 3, 0)
+
+    sampled = pick(sampler, [math.log(p) for p in (0.2, 0.7, 0.1)])
+
+    assert sampled.logprob == pytest.approx(math.log(0.7))
+    assert [token for token, _ in sampled.top] == [1, 0, 2]
+    assert sum(math.exp(value) for _, value in sampled.top) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("logits", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
+def test_a_row_without_a_sensible_best_is_refused(logits: list[float]) -> None:
+    """Nothing can be drawn from it."""
+    assert Sampler(Sampling(), PROMPT[:0], 2, 0).pick(np.array(logits, np.float32)) is None
