@@ -1,7 +1,7 @@
 """Two sessions joined without a socket: byte pipes that can be cut anywhere, and a clock that a test moves."""
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +20,8 @@ class Pipe:
     binary: bool
     flying: bytearray = field(default_factory=bytearray)
     arrived: bytearray = field(default_factory=bytearray)
-    last: bytes | str | None = None
+    past: deque[bytes | str] = field(default_factory=lambda: deque(maxlen=16))
+    """What arrived lately."""
 
     def put(self, message: bytes | str) -> None:
         data = message if isinstance(message, bytes) else message.encode()
@@ -106,7 +107,7 @@ class World:
 
     def deliver_up(self, cable: Cable, messages: list[bytes | str]) -> None:
         for message in messages:
-            cable.up.last = message
+            cable.up.past.append(message)
             for event in cable.session.receive(message, self.now):
                 if isinstance(event, Start):
                     self.started.append((event.execution, event.request))
@@ -115,7 +116,7 @@ class World:
 
     def deliver_down(self, cable: Cable, messages: list[bytes | str]) -> None:
         for message in messages:
-            cable.down.last = message
+            cable.down.past.append(message)
             if cable is self.cable:
                 frame = Codec.client(self.subprotocol).decode(message)
                 self.seen[frame.code if isinstance(frame, Err) else type(frame).__name__] += 1

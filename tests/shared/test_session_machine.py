@@ -133,15 +133,17 @@ class Wire(RuleBasedStateMachine):
         self.note_starts()
 
     @precondition(lambda self: self.world.cable is not None and self.world.client.up)
-    @rule()
-    def repeat(self) -> None:
-        """The last message of each direction comes once more (never the handshake: it is TCP, after all)."""
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        """Something that arrived lately comes once more (never the handshake: it is TCP, after all)."""
         cable = self.cable
-        self.world.seen["repeated"] += cable.down.last is not None
-        if cable.up.last is not None and "hello" not in str(cable.up.last):
-            self.world.deliver_up(cable, [cable.up.last])
-        if cable.down.last is not None and "welcome" not in str(cable.down.last):
-            self.world.deliver_down(cable, [cable.down.last])
+        up = [message for message in cable.up.past if "hello" not in str(message)]
+        down = [message for message in cable.down.past if "welcome" not in str(message)]
+        if up:
+            self.world.deliver_up(cable, [data.draw(st.sampled_from(up))])
+        if down:
+            self.world.seen["repeated"] += 1
+            self.world.deliver_down(cable, [data.draw(st.sampled_from(down))])
         self.world.hang_up()
         self.note_starts()
 
