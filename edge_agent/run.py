@@ -64,11 +64,12 @@ def _local(settings: EdgeSettings) -> LlamaBackend:
 
 def _cloud(settings: EdgeSettings) -> CloudBackend | None:
     url = settings.cloud_in_use
-    if url is None or settings.key_file is None:
+    if url is None:
         return None
     return CloudBackend(
         url,
-        read_secret(settings.key_file, "key_file"),
+        read_secret(settings.key_file, "key_file") if settings.key_file else "",
+        resume_ttl=settings.resume_s,
         first_token_timeout=None,  # the policy's limit holds, which a reload may change
         keep_connected=True,
         allow_plaintext=settings.allow_plaintext,

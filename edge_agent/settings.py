@@ -27,11 +27,13 @@ class EdgeSettings(Settings):
     cloud: str | None = None
     """`ws://HOST:PORT` or `wss://HOST:PORT`; none: everything is answered here."""
     key_file: Path | None = None
-    """Holds the key that the cloud knows this device by; mode 0600."""
+    """Holds the key that the cloud knows this device by; mode 0600. A cloud on loopback may do without."""
     cloud_ca: Path | None = None
     """Certificates to trust the cloud by, in PEM; none: those of the operating system."""
     allow_plaintext: bool = False
     """Permit `ws://` to another machine, say inside a VPN: the key and every prompt cross the network in the clear."""
+    resume_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 60.0
+    """How long a stream that has begun waits for a lost cloud to come back, before it ends with an error."""
     no_cloud: bool = False
     """Connect to no cloud, whatever else is set."""
     policy: Path | None = None
@@ -81,11 +83,13 @@ def check(settings: EdgeSettings) -> None:
     url = settings.cloud_in_use
     if url is None:
         return
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or ""):
+        return
+    if parts.scheme == "ws" and not settings.allow_plaintext:
+        raise InvalidSettings("cloud: beyond loopback it must be wss:// (or set allow_plaintext)", param="cloud")
     if settings.key_file is None:
         raise InvalidSettings("cloud needs key_file, a file with the key it knows this device by", param="key_file")
-    parts = urlsplit(url)
-    if parts.scheme == "ws" and not is_loopback(parts.hostname or "") and not settings.allow_plaintext:
-        raise InvalidSettings("cloud: beyond loopback it must be wss:// (or set allow_plaintext)", param="cloud")
 
 
 def cloud_url(url: str) -> str:

@@ -50,7 +50,7 @@ def write(name: str, text: str, mode: int = 0o600) -> str:
         (["--config", "bad.toml"], "bad.toml: prot"),
         (["--config", "gone.toml"], "gone.toml"),
         (["--cloud", "http://127.0.0.1:1", "--key-file", "good.key"], "cloud"),
-        (["--cloud", "ws://127.0.0.1:1"], "key_file"),
+        (["--cloud", "wss://cloud.example"], "key_file"),
         (["--cloud", "ws://127.0.0.1:1", "--key-file", "gone.key"], "gone.key"),
         (["--cloud", "ws://127.0.0.1:1", "--key-file", "open.key"], "chmod 600"),
         (["--cloud", "ws://192.0.2.1:1", "--key-file", "good.key"], "wss://"),
