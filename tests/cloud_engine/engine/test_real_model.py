@@ -25,9 +25,9 @@ SUBJECTS = (
 )  # fmt: skip
 ASKED = ("Explain {} in one sentence.", "Write a short poem about {}.", "List three facts about {}:")
 RAW = (
-    "Once upon a time", "def fibonacci(n):\n", "1, 2, 3, 4,", "La capitale de la France est", "The chemical symbol for gold",
-    "{\"name\": \"Ada\", \"age\":", "Dear Sir or Madam,", "SELECT name FROM", "日本の首都は", "In 1969, 12345 people", "A", " ",
-    "import numpy as np\n\nx =", "To be, or not to be,",
+    "Once upon a time", "def fibonacci(n):\n", "1, 2, 3, 4,", "La capitale de la France est", "Dear Sir or Madam,",
+    "The chemical symbol for gold", '{"name": "Ada", "age":', "SELECT name FROM", "日本の首都は", "A", " ",
+    "In 1969, 12345 people", "import numpy as np\n\nx =", "To be, or not to be,",
 )  # fmt: skip
 
 
