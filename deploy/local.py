@@ -6,6 +6,7 @@ streams, then stops the cloud under the edge's feet and asks once more. It leave
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 @dataclass(frozen=True, slots=True)
 class Daemon:
     name: str
-    process: subprocess.Popen[bytes]
+    process: psutil.Popen
     log: Path
     url: str
 
@@ -50,7 +51,7 @@ class NotReady(RuntimeError):
 def start(name: str, log: Path, *args: str) -> Daemon:
     """Run one of our commands in a session of its own and wait for its `listening on` line."""
     with log.open("wb") as out:
-        process = subprocess.Popen(
+        process = psutil.Popen(
             [str(BIN / name), *args],
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -63,15 +64,14 @@ def start(name: str, log: Path, *args: str) -> Daemon:
             if line.startswith("listening on "):
                 return Daemon(name, process, log, line.removeprefix("listening on ").strip())
         time.sleep(0.05)
-    end(process.pid)
+    end(process)
     tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-15:])
     raise NotReady(f"{name} did not start:\n{tail}")
 
 
-def end(pid: int) -> None:
+def end(process: psutil.Process) -> None:
     """SIGTERM, a while to drain, then SIGKILL."""
     try:
-        process = psutil.Process(pid)
         process.terminate()
         process.wait(STOP_S)
     except psutil.TimeoutExpired:
@@ -100,7 +100,7 @@ def start_both(folder: Path, model: str, edge_port: int, cloud_port: int) -> tup
             "edge-agent", folder / "edge.log", "serve", "--model", model, "--port", str(edge_port), *link, *policy
         )
     except NotReady:
-        end(cloud.process.pid)
+        end(cloud.process)
         raise
     return cloud, edge
 
@@ -109,7 +109,7 @@ def start_both(folder: Path, model: str, edge_port: int, cloud_port: int) -> tup
 
 CODE = "Write a Python function that returns the n-th Fibonacci number, with a docstring."
 PROMPTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("a short question", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}),
+    ("a short question", {"messages": [{"role": "user", "content": "Name three colors of the rainbow."}]}),
     ("code", {"messages": [{"role": "user", "content": CODE}]}),
     (
         "a private note: it must not leave the device",
@@ -198,8 +198,8 @@ def running(model: str) -> Iterator[tuple[Daemon, Daemon]]:
     with tempfile.TemporaryDirectory(prefix="causeway-demo-") as folder, ExitStack() as stack:
         with console.status("starting the cloud engine and the edge agent"):
             cloud, edge = start_both(Path(folder), model, 0, 0)
-        stack.callback(end, cloud.process.pid)
-        stack.callback(end, edge.process.pid)
+        stack.callback(end, cloud.process)
+        stack.callback(end, edge.process)
         yield cloud, edge
 
 
@@ -210,7 +210,7 @@ def demo(model: Model = DEFAULT_MODEL) -> None:
         console.print(f"edge  {edge.url}\ncloud {cloud.url}")
         rows = [ask(client, title, body) for title, body in PROMPTS]
         console.print("\n[bold]Now the cloud goes away.[/]")
-        end(cloud.process.pid)
+        end(cloud.process)
         rows.append(ask(client, "code, with the cloud gone", {"messages": [{"role": "user", "content": CODE}]}))
         console.print()
         console.print(summary(rows))
@@ -220,10 +220,11 @@ def demo(model: Model = DEFAULT_MODEL) -> None:
 # --- serve and stop ------------------------------------------------------------------------------------------------
 
 
-def running_pids() -> list[int]:
+def left_running() -> list[psutil.Process]:
     """Of the processes `serve` wrote down, those that are still ours: a number may have passed to another program."""
-    written = [int(file.read_text()) for file in (RUN / "edge.pid", RUN / "cloud.pid") if file.exists()]
-    return [pid for pid in written if psutil.pid_exists(pid) and str(BIN) in " ".join(psutil.Process(pid).cmdline())]
+    pids = [int(file.read_text()) for file in (RUN / "edge.pid", RUN / "cloud.pid") if file.exists()]
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    return [process for process in processes if str(BIN) in " ".join(process.cmdline())]
 
 
 @app.command()
@@ -233,7 +234,7 @@ def serve(
     cloud_port: int = CLOUD_PORT,
 ) -> None:
     """Leave both sides running in the background."""
-    if running_pids():
+    if left_running():
         console.print("already running; `make stop` ends it")
     else:
         RUN.mkdir(mode=0o700, exist_ok=True)
@@ -248,14 +249,15 @@ def serve(
 @app.command()
 def stop() -> None:
     """End what `serve` started."""
-    for pid in running_pids():
-        end(pid)
+    for process in left_running():
+        end(process)
     for side in ("edge", "cloud"):
         (RUN / f"{side}.pid").unlink(missing_ok=True)
     console.print("stopped")
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, and so ends what was started
     try:
         app()
     except (NotReady, RuntimeError, httpx.HTTPError) as error:

@@ -28,7 +28,7 @@ def measure(model: Path, rounds: int) -> Iterator[tuple[str, Sequence[float]]]:
                 single.append(decode_rate(daemon.url, 1, seed=number))
                 many.append(decode_rate(daemon.url, CLIENTS, seed=number))
         finally:
-            local.end(daemon.process.pid)
+            local.end(daemon.process)
     yield "edge: bare llama.cpp loop, tokens/s", bare
     yield "edge: 1 client over HTTP, tokens/s", single
     yield f"edge: {CLIENTS} clients over HTTP, tokens/s in sum", many

@@ -30,8 +30,8 @@ def measure(model: Path, rounds: int) -> Iterator[tuple[str, Sequence[float]]]:
                         if number >= 0:
                             times.append(seconds * 1e3)
         finally:
-            local.end(edge.process.pid)
-            local.end(cloud.process.pid)
+            local.end(edge.process)
+            local.end(cloud.process)
     yield "link: cloud's own HTTP, first token, ms", direct
     yield "link: edge -> WebSocket -> cloud, first token, ms", through
     yield (

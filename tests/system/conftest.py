@@ -35,7 +35,7 @@ def stop_all() -> Iterator[Callable[[local.Daemon], local.Daemon]]:
 
     yield register
     for daemon in started:
-        local.end(daemon.process.pid)
+        local.end(daemon.process)
 
 
 StartPair = Callable[[], Pair]
