@@ -1,4 +1,4 @@
-"""The command line of the edge: `serve`, `pull`, `list`, `rm`, `keys new`. Heavy imports wait until they are needed."""
+"""The command line: `serve`, `chat`, `pull`, `list`, `rm`, `keys new`. Heavy imports wait until they are needed."""
 
 import asyncio
 import os
@@ -57,6 +57,24 @@ def serve(
     from edge_agent.run import run
 
     asyncio.run(run(settings))
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Where the daemon listens.")] = "http://127.0.0.1:8484",
+    model: Annotated[str, typer.Option(help="auto, edge, cloud or a real model's name.")] = "auto",
+    private: Annotated[bool, typer.Option("--private", help="Nothing said may leave the device.")] = False,
+    key_file: Annotated[Path | None, typer.Option(help="File with a key, where the daemon asks for one.")] = None,
+) -> None:
+    """Talk to the running daemon; Ctrl-D ends it."""
+    from edge_agent.chat import converse
+    from edge_agent.settings import read_secret
+
+    def write(text: str) -> None:
+        typer.echo(text, nl=False)
+
+    key = read_secret(key_file, "key_file") if key_file else "any"
+    converse(url, model, private=private, key=key, read=lambda: input("> "), write=write)
 
 
 @app.command()
