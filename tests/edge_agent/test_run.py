@@ -2,16 +2,19 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import pytest
+import trustme
 from bad_input import CHAT, chat
 from edge_sides import HERE, Local
 from fakes import ScriptedAnswer
 
 from edge_agent import run as module
+from edge_agent.api.credentials import add_key
 from edge_agent.run import background, run
 from edge_agent.settings import EdgeSettings
 from shared.config import InvalidSettings
@@ -102,6 +105,31 @@ async def test_an_address_in_use_does_not_start_and_leaves_nothing_open(tmp_path
 
     assert error.value.param == "port"
     assert llama.made[0].closed
+
+
+async def test_with_tls_and_keys_it_speaks_https_to_whoever_has_a_key(
+    tmp_path: Path, llama: type[Llama], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a bind beyond loopback needs, here on loopback: a certificate that clients can check, and a key."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    key = add_key(tmp_path / "keys")
+    secured = settings(tmp_path, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", keys=tmp_path / "keys")
+    daemon = asyncio.create_task(run(secured))
+    url = await url_of(capsys, daemon)
+    async with httpx.AsyncClient(base_url=url, timeout=20, verify=trust) as client:
+        without = await client.get("/v1/models")
+        models = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(daemon, 20)
+
+    assert url.startswith("https://")
+    assert without.status_code == 401
+    assert [model["id"] for model in models.json()["data"]] == ["auto", "edge", "small"]
 
 
 async def test_options_reach_the_local_model(tmp_path: Path, llama: type[Llama]) -> None:
