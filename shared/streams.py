@@ -174,7 +174,8 @@ class Stream:
         if frame.total_bytes != self._bytes or frame.sha256 != self._digest.digest():
             raise Unrecoverable("the answer arrived damaged", source="cloud")
         self.received = frame.seq
-        self._inbox.append(Delta(finish_reason=frame.finish_reason, usage=frame.usage, route=frame.route))
+        if not self._over:
+            self._inbox.append(Delta(finish_reason=frame.finish_reason, usage=frame.usage, route=frame.route))
         self.finish(None)
 
     def on_failure(self, frame: Err, error: CausewayError) -> None:

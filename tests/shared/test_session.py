@@ -9,7 +9,7 @@ from shared import frames
 from shared.connection import Close
 from shared.errors import Internal, Overloaded, PolicyDenied, RateLimited, TooLarge, Unreachable, Unrecoverable
 from shared.executions import Execution, Rules
-from shared.frames import MAX_FRAME, SUBPROTOCOLS, Codec, Frame, Limits
+from shared.frames import MAX_FRAME, SUBPROTOCOLS, Codec, Frame, Limits, body_hash, encode_request
 from shared.schemas import ChatRequest, Delta, TokenLogprob, TopLogprob, Usage
 from shared.streams import ClientRules, Stream
 
@@ -215,6 +215,7 @@ def test_a_repeated_frame_is_not_output_twice() -> None:
         forge(world, frame)
 
     assert [delta.text for delta in world.take_all(stream)] == ["one", ""]
+    assert world.client.take(stream, world.now) is None, "and no error after it"
 
 
 def test_a_stream_that_never_was_ends_the_connection_not_the_requests() -> None:
@@ -230,6 +231,24 @@ def test_a_stream_that_never_was_ends_the_connection_not_the_requests() -> None:
     world.settle()
 
     assert text_of(world.take_all(stream)) == "one"
+
+
+def test_two_uploads_of_one_request_are_one_execution() -> None:
+    """Opened on two connections before either body is whole: it runs once, and the later one reads it."""
+    world = World()
+    codec = Codec.client(world.subprotocol)
+    body = encode_request(ChatRequest(id="r", model="m", prompt="p"))
+    opened = frames.Open(1, "r", body_hash(body), len(body), 64)
+    cables = [world.plug(), world.plug()]
+    for frame in (frames.Hello(1, 1), opened, frames.Body(1, 0, body)):
+        for cable in cables:
+            world.deliver_up(cable, [codec.encode(frame)])
+    ((execution, _),) = world.started
+    execution.produce(LAST, world.now)
+    world.fill()
+    received = [[type(codec.decode(message)).__name__ for message in cable.down.move()] for cable in cables]
+
+    assert received == [["Welcome", "Accept", "Err"], ["Welcome", "Accept", "End"]]
 
 
 def test_resume_continues_after_what_arrived() -> None:
