@@ -433,6 +433,22 @@ def test_replies_that_nobody_takes_close_the_connection() -> None:
     assert cable.session.closing == Close(4430, "slow_consumer")
 
 
+def test_a_silent_client_is_left() -> None:
+    """Nothing heard for a minute: closed, and what it asked for waits out its grace without it."""
+    world = World()
+    _, execution = running(world)
+    cable = world.cable
+    assert cable is not None
+    world.wait(59.9)
+    assert cable.session.closing is None
+    world.wait(0.2)
+    assert cable.session.closing == Close(4408, "deadline_exceeded")
+    world.server_lost(cable)
+    assert not execution.ended
+    world.wait(30.0)
+    assert execution.outcome == "abandoned"
+
+
 def test_a_silent_server_is_left() -> None:
     """The client pings; without any answer it closes, and its requests wait to be resumed."""
     world = World()
