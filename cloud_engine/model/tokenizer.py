@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from shared.errors import BadRequest
@@ -30,7 +29,8 @@ class Tokenizer:
         """`path` is a Hugging Face folder or a GGUF file. Raises ModelInvalid."""
         self._inner: Any = _load(path)
         self._bytes = _token_bytes(self._inner)
-        self._longest = max(map(len, self._bytes))
+        written = (len(added.content) for added in self._inner.added_tokens_decoder.values())
+        self._longest = max(*map(len, self._bytes), *written, 1)
         self.stop_ids = _stop_ids(self._inner, path)
 
     def encode(self, text: str) -> list[int]:
@@ -45,7 +45,7 @@ class Tokenizer:
             raise BadRequest("this model has no chat template: send a prompt", param="messages")
         try:
             text = self._inner.apply_chat_template(values, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise BadRequest("the model's chat template does not accept these messages", param="messages") from error
         return list(self._inner.encode(text, add_special_tokens=False))
 
