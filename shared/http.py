@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as HttpRoute
 from starlette.types import Receive, Scope, Send
 
+from shared.choices import merged
 from shared.errors import (
     BadRequest,
     CausewayError,
@@ -39,7 +40,7 @@ from shared.errors import (
 from shared.guard import Guard, Guarded, Header, error_headers, send_error, typed
 from shared.openai import Call, parse_chat, parse_completion
 from shared.replies import Chunks, Whole, error_body, error_event, model_list, model_object
-from shared.schemas import Answer, ChatRequest, Delta, ModelCard, Route
+from shared.schemas import Answer, Delta, ModelCard, Route
 from shared.serving import Tls, check_bind, serve
 
 __all__ = ["Guard", "Tls", "check_bind", "create_app", "serve"]
@@ -48,7 +49,6 @@ SEND_TIMEOUT = 60.0
 """Seconds a reader may leave a full socket unread before its request is given up."""
 MAX_CLIENT_ID = 120
 MAX_HEADER_VALUE = 256
-MERGE_QUEUE = 16
 
 AnswerFor = Callable[[Mapping[str, str]], Answer]
 
@@ -153,7 +153,7 @@ class _Reply:
         self._started = False
 
     async def run(self, answer: Answer) -> None:
-        deltas = _merged(answer, self._call.requests)
+        deltas = merged(answer, self._call.requests)
         try:
             async with aclosing(deltas):
                 await (self._stream(deltas) if self._call.stream else self._whole(deltas))
@@ -236,44 +236,6 @@ async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive) ->
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _merged(answer: Answer, requests: Sequence[ChatRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The deltas of all choices, each with its index, as they come. The first error ends all."""
-    if len(requests) == 1:
-        async with aclosing(answer.answer(requests[0])) as deltas:
-            async for delta in deltas:
-                yield 0, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(MERGE_QUEUE)
-    pumps = [asyncio.create_task(_pump(answer, request, at, queue)) for at, request in enumerate(requests)]
-    try:
-        left = len(pumps)
-        while left:
-            index, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield index, item
-    finally:
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-async def _pump(
-    answer: Answer, request: ChatRequest, index: int, queue: asyncio.Queue[tuple[int, Delta | Exception | None]]
-) -> None:
-    end: Exception | None = None
-    try:
-        async with aclosing(answer.answer(request)) as deltas:
-            async for delta in deltas:
-                await queue.put((index, delta))
-    except Exception as error:
-        end = error
-    await queue.put((index, end))
 
 
 def _check_id(request_id: str) -> None:

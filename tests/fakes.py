@@ -18,6 +18,7 @@ class ScriptedAnswer:
         self.script: Sequence[Delta | Exception | asyncio.Event | float] = script
         self.requests: list[ChatRequest] = []
         self.closed: list[str] = []
+        self.yielded = 0
         self.begun = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -37,6 +38,7 @@ class ScriptedAnswer:
         try:
             for step in self.script:
                 if isinstance(step, Delta):
+                    self.yielded += 1
                     yield step
                 elif isinstance(step, Exception):
                     raise step
