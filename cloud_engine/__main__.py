@@ -12,12 +12,12 @@ import typer
 from prometheus_client import CollectorRegistry
 from typer.core import TyperCommand
 
-from cloud_engine.gateway.auth import Keys, new_key
 from cloud_engine.gateway.server import Gateway
 from cloud_engine.settings import CloudSettings
 from shared.config import InvalidSettings, load
 from shared.errors import CausewayError
 from shared.frames import MAX_FRAME
+from shared.keys import Keys, new_key
 from shared.models import default_store, model_name, resolve, verify
 from shared.serving import bind, check_bind
 from shared.serving import serve as serve_app
@@ -66,7 +66,7 @@ def serve(
     settings = load(CloudSettings, config, os.environ, flags)
     check_bind(settings.host, tls=settings.tls is not None, keys=settings.keys is not None)
     set_up_logging(settings.log_level)
-    key_file = Keys(settings.keys) if settings.keys else None
+    key_file = Keys(settings.keys, source="cloud") if settings.keys else None
     with bind(settings.host, settings.port) as listener:
         asyncio.run(_serve(settings, _load(settings), key_file, listener))
 

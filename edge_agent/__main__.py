@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -107,11 +108,14 @@ def remove(name: Annotated[str, typer.Argument(help="As `list` shows it.")]) -> 
 
 
 @keys_app.command("new")
-def new_key(keys: Annotated[Path, typer.Option(help="File to add the key's hash to.")]) -> None:
+def keys_new(
+    keys: Annotated[Path, typer.Option(help="File to add the key's hash to, made with mode 0600 if need be.")],
+    client: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
+) -> None:
     """Make a key for a client and print it; it is not kept, only its hash is."""
-    from edge_agent.api.credentials import add_key
+    from shared.keys import new_key
 
-    typer.echo(add_key(keys))
+    typer.echo(new_key(keys, client, now=datetime.now(UTC)))
 
 
 def _store() -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from edge_agent.api.admin import add_admin
-from edge_agent.api.credentials import Keys, admin_token, state_folder
+from edge_agent.api.credentials import admin_token, state_folder
 from edge_agent.api.openai import openai_app
 from edge_agent.backends.cloud import CloudBackend
 from edge_agent.backends.llama import LlamaBackend
@@ -19,6 +19,7 @@ from edge_agent.policy_file import PolicyFile
 from edge_agent.settings import EdgeSettings, check, read_secret
 from shared.config import InvalidSettings
 from shared.guard import Guard
+from shared.keys import Keys
 from shared.models import default_store, resolve, verify
 from shared.serving import serve
 
@@ -27,7 +28,7 @@ async def run(settings: EdgeSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises CausewayError, before anything listens, if it must not or cannot start."""
     check(settings)
     policy = PolicyFile(settings.policy)
-    keys = Keys.read(settings.keys) if settings.keys else None
+    keys = Keys(settings.keys, source="edge") if settings.keys else None
     token = admin_token(settings.state_dir or state_folder(os.environ, Path.home()))
     async with AsyncExitStack() as closing:
         cloud, local = _cloud(settings), _local(settings)

@@ -125,15 +125,17 @@ class _Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id") or f"req_{uuid.uuid4().hex}"
+        own_id = f"req_{uuid.uuid4().hex}"
+        request_id = headers.get("x-request-id") or own_id
         try:
             answer = self._answer_for(headers)
             _check_id(request_id)
             body = await _read_body(receive)
-            call = self._parse(body, request_id=request_id, label=headers.get("x-causeway-label"))
+            # The client's id is echoed, ours is what executions go by: a client may send the same id again.
+            call = self._parse(body, request_id=own_id, label=headers.get("x-causeway-label"))
         except _Left:
             return
-        reply = _Reply(call, send, request_id, self._prefix + request_id, self._source)
+        reply = _Reply(call, send, request_id, self._prefix + own_id, self._source)
         try:
             await _while_connected(reply.run(answer), receive)
         except asyncio.CancelledError:

@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cloud_engine.gateway.auth import Keys
 from cloud_engine.gateway.limits import Limiter, TenantLimits
 from cloud_engine.gateway.socket import SocketEndpoint
 from shared.errors import CausewayError, Overloaded, UnknownModel
@@ -20,6 +19,7 @@ from shared.executions import Rules
 from shared.frames import Limits
 from shared.guard import Guard
 from shared.http import create_app
+from shared.keys import Keys
 from shared.schemas import Answer, ChatRequest, Delta, ModelCard, Route, Usage
 from shared.telemetry import Listener, RequestMetrics, observed
 

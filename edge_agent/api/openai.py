@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from fastapi import FastAPI
 
-from edge_agent.api.credentials import Keys
 from edge_agent.daemon import Daemon, health, model_cards
 from shared.guard import Guard
 from shared.http import create_app
+from shared.keys import Keys
 from shared.schemas import Answer
 
 
@@ -16,7 +16,7 @@ def openai_app(daemon: Daemon, *, keys: Keys | None, guard: Guard) -> FastAPI:
 
     def answer_for(headers: Mapping[str, str]) -> Answer:
         if keys is not None:
-            keys.check(headers)
+            keys.tenant_of(headers)
         return daemon.intake
 
     return create_app(

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from cloud_engine.__main__ import repeated
-from cloud_engine.gateway.auth import Keys
+from shared.keys import Keys
 
 COMMAND = [sys.executable, "-m", "cloud_engine"]
 
@@ -50,14 +50,14 @@ def test_a_new_key_is_shown_once(tmp_path: Path) -> None:
 
     assert done.returncode == 0
     token = done.stdout.strip()
-    assert Keys(file).tenant_of({"authorization": f"Bearer {token}"}) == "edge-1"
+    assert Keys(file, source="cloud").tenant_of({"authorization": f"Bearer {token}"}) == "edge-1"
     assert token not in done.stderr
 
 
 def test_keys_have_a_default_place(tmp_path: Path) -> None:
     """Without --keys the file is under XDG_CONFIG_HOME."""
     assert run("keys", "new", XDG_CONFIG_HOME=str(tmp_path)).returncode == 0
-    assert len(Keys(tmp_path / "causeway" / "cloud-keys")) == 1
+    assert len(Keys(tmp_path / "causeway" / "cloud-keys", source="cloud")) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from edge_agent import __main__ as command
-from edge_agent.api.credentials import Keys
+from shared.keys import Keys
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_a_new_key_is_printed_once_and_works(
     assert run(monkeypatch, "keys", "new", "--keys", "client.keys") == 0
     key = capsys.readouterr().out.strip()
 
-    Keys.read(Path("client.keys")).check({"authorization": f"Bearer {key}"})
+    Keys(Path("client.keys"), source="edge").tenant_of({"authorization": f"Bearer {key}"})
 
 
 def test_help_is_instant_and_names_every_command() -> None:

@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +15,10 @@ from edge_sides import HERE, Local
 from fakes import ScriptedAnswer
 
 from edge_agent import run as module
-from edge_agent.api.credentials import add_key
 from edge_agent.run import background, run
 from edge_agent.settings import EdgeSettings
 from shared.config import InvalidSettings
+from shared.keys import new_key
 
 JSON = {"content-type": "application/json"}
 
@@ -117,7 +118,7 @@ async def test_with_tls_and_keys_it_speaks_https_to_whoever_has_a_key(
     certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
-    key = add_key(tmp_path / "keys")
+    key = new_key(tmp_path / "keys", "client", now=datetime.now(UTC))
     secured = settings(tmp_path, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", keys=tmp_path / "keys")
     daemon = asyncio.create_task(run(secured))
     url = await url_of(capsys, daemon)

@@ -321,7 +321,10 @@ async def test_what_the_framework_refuses_is_an_error_object_too() -> None:
 
 
 async def test_route_and_request_id_are_headers_that_cannot_be_forged() -> None:
-    """Reply headers say route, reason, failovers and id; a reason with line ends cannot add a header."""
+    """Reply headers say route, reason, failovers and the client's id; a reason with line ends cannot add a header.
+
+    Executions go by an id of ours, so that a client may send the same one again.
+    """
     reason = "cloud_down\r\nset-cookie: a=b " + "é" * 500
     answer = ScriptedAnswer(Delta(text="a", tokens=1, route=Route(target="edge", reason=reason, failovers=2)), LAST)
     async with surface(answer) as port, client(port) as http:
@@ -333,7 +336,7 @@ async def test_route_and_request_id_are_headers_that_cannot_be_forged() -> None:
             assert reply.headers["x-causeway-failovers"] == "2"
             assert reply.headers["x-request-id"] == "mine-1"
             assert "set-cookie" not in reply.headers
-    assert [request.id for request in answer.requests] == ["mine-1", "mine-1"]
+    assert len({request.id for request in answer.requests}) == 2
 
 
 async def test_models_health_and_metrics() -> None:

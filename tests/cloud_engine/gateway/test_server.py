@@ -14,12 +14,12 @@ from serving import served
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from cloud_engine.gateway.auth import Keys, new_key
 from cloud_engine.gateway.limits import TenantLimits
 from cloud_engine.gateway.server import Gateway
 from shared.errors import ContextTooLong, Internal
 from shared.frames import MAX_FRAME, SUBPROTOCOLS, WIRE_PATH
 from shared.guard import Guard
+from shared.keys import Keys, new_key
 from shared.schemas import Answer, Delta, ModelCard, Usage
 from shared.telemetry import RequestFinished
 
@@ -61,7 +61,7 @@ def keys(tmp_path: Path) -> tuple[Keys, str, str]:
     """A key file with a key of tenant a and one of tenant b."""
     file, now = tmp_path / "keys", datetime(2026, 11, 21, tzinfo=UTC)
     one, two = new_key(file, "a", now=now), new_key(file, "b", now=now)
-    return Keys(file), f"Bearer {one}", f"Bearer {two}"
+    return Keys(file, source="cloud"), f"Bearer {one}", f"Bearer {two}"
 
 
 async def test_the_whole_table_of_bad_input_is_refused() -> None:

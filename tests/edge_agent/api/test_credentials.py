@@ -3,71 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.api.credentials import Keys, add_key, admin_token, bearer, hash_of, state_folder
+from edge_agent.api.credentials import admin_token, bearer, state_folder
 from shared.config import InvalidSettings
-from shared.errors import Unauthorized
-
-
-def test_a_made_key_opens_and_only_its_hash_is_kept(tmp_path: Path) -> None:
-    """Two keys in one file, both good; the file, readable by its owner alone, holds neither."""
-    file = tmp_path / "new" / "keys"
-    made = [add_key(file), add_key(file)]
-
-    keys = Keys.read(file)
-
-    for key in made:
-        keys.check({"authorization": f"Bearer {key}"})
-        assert key not in file.read_text()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert len(set(made)) == 2
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        None,
-        "",
-        "Bearer",
-        "Bearer ",
-        "Bearer wrong",
-        "Basic {key}",
-        "{key}",
-        "Bearer {key}x",
-        "Bearer {hash}",
-        "Bearer \xe9",
-    ],
-)
-def test_other_credentials_do_not(tmp_path: Path, header: str | None) -> None:
-    """Missing, wrong, in another scheme, or the stored hash itself."""
-    file = tmp_path / "keys"
-    key = add_key(file)
-    headers = {} if header is None else {"authorization": header.format(key=key, hash=hash_of(key))}
-
-    with pytest.raises(Unauthorized) as error:
-        Keys.read(file).check(headers)
-
-    assert key not in error.value.message
-
-
-@pytest.mark.parametrize("content", ["", "# nothing\n", "secret\n", "A" * 64, "\xe9"])
-def test_a_file_without_proper_hashes_is_refused(tmp_path: Path, content: str) -> None:
-    """A plain key in the file is named by line, and not quoted."""
-    file = tmp_path / "keys"
-    file.write_text(content, "latin-1")
-
-    with pytest.raises(InvalidSettings) as error:
-        Keys.read(file)
-
-    assert error.value.param == "keys"
-    assert "secret" not in error.value.message
-
-
-def test_comments_are_allowed(tmp_path: Path) -> None:
-    """A line may say whose key it is."""
-    file = tmp_path / "keys"
-    file.write_text(f"# team\n{hash_of('k')}  # of the laptop\n")
-
-    Keys.read(file).check({"authorization": "bearer k"})
 
 
 def test_admin_token_is_made_once_and_private(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -11,11 +12,11 @@ from edge_sides import HERE, THERE, Local, Remote, Turns, daemon_over, policy_fi
 from fakes import EchoAnswer, ScriptedAnswer
 from serving import served
 
-from edge_agent.api.credentials import Keys, add_key
 from edge_agent.api.openai import openai_app
 from edge_agent.daemon import Daemon
 from shared.errors import Unreachable, UpstreamFailed
 from shared.guard import Guard
+from shared.keys import Keys, new_key
 from shared.schemas import Answer
 
 JSON = {"content-type": "application/json"}
@@ -168,8 +169,8 @@ async def test_a_client_that_leaves_stops_the_side_that_answers(tmp_path: Path, 
 
 async def test_with_keys_every_route_but_health_needs_one(tmp_path: Path) -> None:
     """Beyond loopback the keys hold for inference, models and metrics."""
-    key = add_key(tmp_path / "keys")
-    async with edge(tmp_path, keys=Keys.read(tmp_path / "keys")) as it, it.http() as http:
+    key = new_key(tmp_path / "keys", "client", now=datetime.now(UTC))
+    async with edge(tmp_path, keys=Keys(tmp_path / "keys", source="edge")) as it, it.http() as http:
         paths = ["/v1/models", "/v1/models/auto", "/metrics"]
         bare = [(await http.get(path)).status_code for path in paths]
         bare.append((await http.post(CHAT, content=chat(), headers=JSON)).status_code)

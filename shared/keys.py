@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from shared.config import InvalidSettings
-from shared.errors import Unauthorized
+from shared.errors import Source, Unauthorized
 
 ID_BYTES, SECRET_BYTES = 8, 32
 MAX_CREDENTIAL = 256
@@ -60,13 +60,13 @@ def new_key(file: Path, tenant: str, *, now: datetime, random: Callable[[int], b
 class Keys:
     """The keys of one file, followed as it changes. A change that cannot be read is logged and the old keys stay."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, source: Source) -> None:
         """Raises InvalidSettings if the file cannot be read, may be read by others, or holds no key."""
-        self._file = file
+        self._file, self._source = file, source
         self._seen = self._signature()
         self._keys = _load(file)
         if not self._keys:
-            raise InvalidSettings(f"{file} holds no key: make one with `cloud-engine keys new`", param="keys")
+            raise InvalidSettings(f"{file} holds no key: make one with `keys new`", param="keys")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -80,7 +80,7 @@ class Keys:
         key = self._keys.get(key_id)
         same = hmac.compare_digest(_hash(secret), key.hash if key else _NO_HASH)
         if key is None or not same or scheme.lower() != "bearer":
-            raise Unauthorized("a valid key is required: Authorization: Bearer cw_...", source="cloud")
+            raise Unauthorized("a valid key is required: Authorization: Bearer cw_...", source=self._source)
         return key.tenant
 
     def _follow(self) -> None:

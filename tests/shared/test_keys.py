@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cloud_engine.gateway.auth import Keys, new_key
 from shared.config import InvalidSettings
 from shared.errors import Unauthorized
+from shared.keys import Keys, new_key
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
@@ -24,7 +24,7 @@ def bearer(token: str) -> dict[str, str]:
 def test_a_new_key_opens_and_only_its_hash_is_kept(file: Path) -> None:
     """The file has mode 0600 and not the secret; the key names its tenant."""
     one, two = new_key(file, "a", now=NOW), new_key(file, "b", now=NOW)
-    keys = Keys(file)
+    keys = Keys(file, source="cloud")
 
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [keys.tenant_of(bearer(token)) for token in (one, two)] == ["a", "b"]
@@ -44,7 +44,7 @@ def test_whatever_is_not_a_key_is_refused(file: Path) -> None:
     """Every wrong credential, hostile ones too, gets one and the same answer."""
     token = new_key(file, "a", now=NOW)
     other = new_key(file.with_name("other"), "a", now=NOW)
-    keys = Keys(file)
+    keys = Keys(file, source="cloud")
     _, key_id, secret = token.split("_")
     wrong = [
         "",
@@ -76,10 +76,10 @@ def test_whatever_is_not_a_key_is_refused(file: Path) -> None:
 
 def test_the_comparison_is_made_for_unknown_ids_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong id and a wrong secret do the same work: one hash, one constant-time comparison."""
-    import cloud_engine.gateway.auth as auth
+    import shared.keys as auth
 
     token = new_key(file, "a", now=NOW)
-    keys = Keys(file)
+    keys = Keys(file, source="cloud")
     calls: list[tuple[int, int]] = []
     real = auth.hmac.compare_digest
 
@@ -100,7 +100,7 @@ def test_a_file_that_others_may_read_is_refused(file: Path, mode: int) -> None:
     new_key(file, "a", now=NOW)
     file.chmod(mode)
     with pytest.raises(InvalidSettings, match="chmod 600"):
-        Keys(file)
+        Keys(file, source="cloud")
     with pytest.raises(InvalidSettings, match="chmod 600"):
         new_key(file, "a", now=NOW)
 
@@ -118,7 +118,7 @@ def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path) -> None:
         (tmp_path, "directory"),
     ):
         with pytest.raises(InvalidSettings, match=text):
-            Keys(path)
+            Keys(path, source="cloud")
 
 
 def test_a_link_is_not_followed_when_a_key_is_added(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_tenant_is_a_plain_name(file: Path, tenant: str) -> None:
 def test_changes_are_followed(file: Path) -> None:
     """A key added while serving works, one removed stops working, a broken or readable file changes nothing."""
     one = new_key(file, "a", now=NOW)
-    keys = Keys(file)
+    keys = Keys(file, source="cloud")
     two = new_key(file, "b", now=NOW)
     assert keys.tenant_of(bearer(two)) == "b"
 
