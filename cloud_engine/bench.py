@@ -30,7 +30,7 @@ def run(
     All requests are there from the start, so the wall time includes every prefill. Raises ModelInvalid or
     UnsupportedModel, and ValueError where prompt and output exceed the model's context.
     """
-    weights = load_model(model, dtype=dtype, device=device)
+    weights = load_model(model, dtype=dtype, device=device).pack()
     # The first steps set up kernels and threads.
     measure(_engine(weights, 1, 16, 2, dtype, device), 1, 16, 2, seed, clock)
     for n in n_list:

@@ -75,4 +75,4 @@ def naive_greedy(prompt: list[int], count: int) -> list[int]:
 
 def engine(folder: Path, **changes: object) -> Engine:
     values = {"model_len": 128, "num_blocks": 65, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    return Engine(Runner(load_model(folder), EngineConfig(**(values | changes))), entropy=lambda: 0)
+    return Engine(Runner(load_model(folder).pack(), EngineConfig(**(values | changes))), entropy=lambda: 0)

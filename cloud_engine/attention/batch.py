@@ -31,22 +31,29 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """All sequences with one new token: rows [n], tables [n, blocks] padded with the null
-    block, mask [n, 1, 1, keys]."""
+    """Sequences of similar length with one new token each, as one batch: rows [n], tables [n, width] padded with the
+    null block, `contexts` their lengths. `mask` [n, 1, 1, width * block_size] is added to the scores. `stale` lists, of
+    the n * width * block_size gathered slots, those of a last block that its sequence has not written."""
 
     rows: Tensor
     tables: Tensor
+    contexts: tuple[int, ...]
     mask: Tensor
+    stale: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """One step. `slots` [T] is where each new token's key and value go (int64: slot times stride exceeds 32 bits on
-    large pools). `spans` hold every sequence that is not in `decodes`, which is None where a loop is faster."""
+    large pools). Every sequence is either one of `spans` or in one of `decodes`."""
 
     slots: Tensor
     spans: tuple[Span, ...]
-    decodes: Decodes | None = None
+    decodes: tuple[Decodes, ...] = ()
+
+
+NULL = 0
+"""The block that padding points at: zeros, and nobody's."""
 
 
 class Attention(Protocol):
@@ -68,17 +75,19 @@ def span(row: int, count: int, context: int, table: Sequence[int], block_size: i
     return Span(row, count, context, _compact(used, device), mask)
 
 
-def decodes(spans: Sequence[tuple[int, int, Sequence[int]]], block_size: int, device: torch.device) -> Decodes:
-    """Batch single-token sequences, each given as (row, context, block table)."""
-    width = max(-(-context // block_size) for _, context, _ in spans)
-    tables = torch.zeros(len(spans), width, dtype=torch.int64)
-    for index, (_, context, table) in enumerate(spans):
-        used = -(-context // block_size)
-        tables[index, :used] = torch.as_tensor(table[:used])
-    contexts = torch.tensor([context for _, context, _ in spans])
-    mask = torch.arange(width * block_size)[None, :] < contexts[:, None]
-    rows = torch.tensor([row for row, _, _ in spans])
-    return Decodes(rows.to(device), tables.to(device), mask[:, None, None, :].to(device))
+def decodes(rows: Sequence[tuple[int, int, Sequence[int]]], block_size: int, like: Tensor) -> Decodes:
+    """Batch single-token sequences, each given as (row, context, block table); tensors are made like `like`."""
+    contexts = tuple(context for _, context, _ in rows)
+    width = max(-(-context // block_size) for context in contexts)
+    tables = [[*table[: -(-context // block_size)], *[NULL] * width][:width] for _, context, table in rows]
+    keys, lengths = torch.arange(width * block_size), torch.tensor(contexts)[:, None]
+    written = -(-lengths // block_size) * block_size
+    mask = torch.zeros(len(rows), 1, 1, width * block_size, dtype=like.dtype)
+    mask.masked_fill_((keys >= lengths)[:, None, None], -torch.inf)
+    stale = ((keys >= lengths) & (keys < written)).flatten().nonzero()[:, 0]
+    rows_at = torch.tensor([row for row, _, _ in rows])
+    on = like.device
+    return Decodes(rows_at.to(on), torch.tensor(tables).to(on), contexts, mask.to(on), stale.to(on))
 
 
 def _compact(blocks: Sequence[int], device: torch.device) -> slice | Tensor:

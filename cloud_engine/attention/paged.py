@@ -1,8 +1,7 @@
 """Paged attention on torch's fused scaled-dot-product kernels: the fast path on a CPU, a correct one on a GPU.
 
-Sequences are looped over, each reading its own blocks: without a copy where they are consecutive, by one `index_select`
-along the blocks otherwise. On a CPU this beats padding the decodes into one batch (less to copy, nothing wasted on
-padding); on a GPU, where launches cost, the decodes come padded in `batch.decodes` instead.
+A sequence alone reads its own blocks: without a copy where they are consecutive, by one `index_select` along the blocks
+otherwise. Many decoding sequences of similar length are gathered into one padded batch, which spares a call for each.
 """
 
 import torch
@@ -21,8 +20,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: AttentionBatch
             _decode(q, cache, span, out)
         else:
             _prefill(q, k, v, cache, span, out)
-    if batch.decodes is not None:
-        out[batch.decodes.rows] = _decode_padded(q, cache, batch.decodes)
+    for group in batch.decodes:
+        out[group.rows] = _decode_group(q, cache, group)
     return out
 
 
@@ -55,11 +54,13 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, span: Span, out: Te
     out[rows] = result[0].transpose(0, 1)
 
 
-def _decode_padded(q: Tensor, cache: Tensor, decodes: Decodes) -> Tensor:
-    """All decodes as one batch; the padding is the null block and masked, so every row sees a key."""
-    count, width = decodes.tables.shape
-    kv = cache.index_select(1, decodes.tables.flatten()).view(2, count, width * cache.shape[2], *cache.shape[3:])
-    # What no token of the sequence wrote may be anything, and 0 * NaN is NaN: masking the scores would not do.
-    keys, values = kv.transpose(2, 3).masked_fill_(~decodes.mask.transpose(2, 3), 0)
-    query = q[decodes.rows].view(count, keys.shape[1], -1, q.shape[2])
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=decodes.mask).view(count, *q.shape[1:])
+def _decode_group(q: Tensor, cache: Tensor, group: Decodes) -> Tensor:
+    """Like `_decode`, for a batch padded to one length."""
+    count, width = group.tables.shape
+    kv = cache.index_select(1, group.tables.flatten()).flatten(1, 2)
+    # A stale slot may hold anything, and 0 * NaN is NaN: masking the scores would not do.
+    kv.index_fill_(1, group.stale, 0)
+    keys, values = kv.view(2, count, width * cache.shape[2], *cache.shape[3:]).transpose(2, 3)
+    query = q[group.rows].view(count, keys.shape[1], -1, q.shape[2])
+    mask = group.mask.expand(-1, keys.shape[1], query.shape[2], -1)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).view(count, *q.shape[1:])

@@ -26,9 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: AttentionBatch
 
 def _all_spans(batch: AttentionBatch, cache: Tensor) -> list[Span]:
     spans = list(batch.spans)
-    if batch.decodes is not None:
-        lengths = batch.decodes.mask.flatten(1).sum(1).tolist()
-        for row, table, length in zip(batch.decodes.rows.tolist(), batch.decodes.tables, lengths, strict=True):
+    for group in batch.decodes:
+        for row, table, length in zip(group.rows.tolist(), group.tables, group.contexts, strict=True):
             spans.append(Span(row, 1, length, table[: -(-length // cache.shape[2])], None))
     return spans
 

@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from cloud_engine.attention import paged
-from cloud_engine.attention.batch import Attention, AttentionBatch, decodes, span
+from cloud_engine.attention.batch import Attention, AttentionBatch, Span, decodes, span
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.scheduler import Work
 from cloud_engine.model.llama import Llama, rotary_table
+
+MIN_GROUP = 4
+"""Decodes fewer than this are cheaper one by one, each reading its blocks in place where they lie together."""
 
 
 class Runner:
@@ -37,19 +40,25 @@ class Runner:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
 
     def _batch(self, work: list[Work]) -> AttentionBatch:
-        """Decodes are batched where launches are dear, looped over where copies are (see `attention.paged`)."""
-        size, pad = self.config.block_size, self.device.type != "cpu"
+        """Decodes of similar length (within a factor of two) form groups; what is left alone is a span of its own."""
+        size = self.config.block_size
         slots: list[int] = []
-        spans, single = [], []
+        spans: list[Span] = []
+        single: dict[int, list[tuple[int, int, list[int]]]] = {}
         for item in work:
             table, row, end = item.sequence.block_table, len(slots), item.start + item.count
             slots += [table[at // size] * size + at % size for at in range(item.start, end)]
-            if pad and item.count == 1:
-                single.append((row, end, table))
+            if item.count == 1:
+                single.setdefault((-(-end // size) - 1).bit_length(), []).append((row, end, table))
             else:
                 spans.append(span(row, item.count, end, table, size, self.device))
-        padded = decodes(single, size, self.device) if single else None
-        return AttentionBatch(self._tensor(slots), tuple(spans), padded)
+        groups = []
+        for alike in single.values():
+            if len(alike) >= MIN_GROUP:
+                groups.append(decodes(alike, size, self.cos))
+            else:
+                spans += [span(row, 1, end, table, size, self.device) for row, end, table in alike]
+        return AttentionBatch(self._tensor(slots), tuple(spans), tuple(groups))
 
 
 def _rows(work: list[Work]) -> tuple[list[int], list[int], list[int]]:

@@ -215,7 +215,7 @@ def load_engine(path: Path, config: EngineConfig | None = None, *, name: str = "
     """Load a Hugging Face folder or a GGUF file; takes seconds and much memory, so not on an event loop.
     Raises ModelInvalid or UnsupportedModel, ValueError for limits that cannot be kept."""
     asked = config or EngineConfig()
-    model = load_model(path, dtype=asked.dtype, device=asked.device)
+    model = load_model(path, dtype=asked.dtype, device=asked.device).pack()
     tokenizer = Tokenizer(path)
     token_bytes = model.config.kv_values * DTYPE_BYTES[asked.dtype]
     resolved = resolve(asked, model_len=model.config.context_length, token_bytes=token_bytes)

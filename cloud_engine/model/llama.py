@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cloud_engine.attention.batch import Attention, AttentionBatch
 from cloud_engine.model.config import ModelConfig
+from cloud_engine.model.projection import Projection
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the step's positions, each [T, 1, D/2]."""
@@ -28,11 +29,11 @@ class Layer:
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.eps = config.rms_norm_eps
         self.attention_norm = empty(1, config.hidden_size)[0]
-        self.qkv = empty((self.heads + 2 * self.kv_heads) * self.head_dim, config.hidden_size)
-        self.out = empty(config.hidden_size, self.heads * self.head_dim)
+        self.qkv = Projection(empty((self.heads + 2 * self.kv_heads) * self.head_dim, config.hidden_size))
+        self.out = Projection(empty(config.hidden_size, self.heads * self.head_dim))
         self.mlp_norm = empty(1, config.hidden_size)[0]
-        self.gate_up = empty(2 * config.intermediate_size, config.hidden_size)
-        self.down = empty(config.hidden_size, config.intermediate_size)
+        self.gate_up = Projection(empty(2 * config.intermediate_size, config.hidden_size))
+        self.down = Projection(empty(config.hidden_size, config.intermediate_size))
 
     def __call__(
         self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch
@@ -43,29 +44,29 @@ class Layer:
     def _attention(
         self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch
     ) -> Tensor:
-        qkv = F.linear(x, self.qkv).view(x.shape[0], -1, self.head_dim)
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         qk, v = qkv.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = rotate(qk, *rotation).split_with_sizes([self.heads, self.kv_heads], dim=1)
-        return F.linear(attend(q, k, v, cache, batch).view(x.shape[0], -1), self.out)
+        return self.out(attend(q, k, v, cache, batch).view(x.shape[0], -1))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), self.down)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))
 
     def destinations(self) -> dict[str, Tensor]:
         kv = self.kv_heads * self.head_dim
-        q, k, v = self.qkv.split_with_sizes([self.qkv.shape[0] - 2 * kv, kv, kv])
-        gate, up = self.gate_up.chunk(2)
+        q, k, v = self.qkv.weight.split_with_sizes([self.heads * self.head_dim, kv, kv])
+        gate, up = self.gate_up.weight.chunk(2)
         return {
             "input_layernorm": self.attention_norm,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": self.out,
+            "self_attn.o_proj": self.out.weight,
             "post_attention_layernorm": self.mlp_norm,
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": self.down,
+            "mlp.down_proj": self.down.weight,
         }
 
 
@@ -77,7 +78,7 @@ class Llama:
         self.embedding = empty(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, empty) for _ in range(config.num_layers)]
         self.norm = empty(1, config.hidden_size)[0]
-        self.head = self.embedding if config.tied else empty(config.vocab_size, config.hidden_size)
+        self.head = Projection(self.embedding if config.tied else empty(config.vocab_size, config.hidden_size))
 
     def __call__(
         self,
@@ -91,13 +92,22 @@ class Llama:
         x = F.embedding(tokens, self.embedding)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, attend, cache, batch)
-        return F.linear(norm(x[sampled], self.norm, self.config.rms_norm_eps), self.head)
+        return self.head(norm(x[sampled], self.norm, self.config.rms_norm_eps))
+
+    def pack(self) -> "Llama":
+        """Put the weights into the order this processor likes best, once they are loaded. For good: `destinations` no
+        longer leads to them."""
+        for layer in self.layers:
+            for projection in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                projection.pack()
+        self.head.pack(keep=self.config.tied)
+        return self
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes, under the names Hugging Face gives them: views of the weights."""
         places = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
         if not self.config.tied:
-            places["lm_head.weight"] = self.head
+            places["lm_head.weight"] = self.head.weight
         for index, layer in enumerate(self.layers):
             places |= {f"model.layers.{index}.{name}.weight": place for name, place in layer.destinations().items()}
         return places

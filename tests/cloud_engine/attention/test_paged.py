@@ -32,7 +32,7 @@ class Case:
                 single.append((row, context, table))
             else:
                 spans.append(span(row, count, context, table, BLOCK, CPU))
-        grouped = decodes(single, BLOCK, CPU) if single else None
+        grouped = (decodes(single, BLOCK, self.q),) if single else ()
         self.batch = AttentionBatch(torch.tensor(slots), tuple(spans), grouped)
 
     def run(self, attend):

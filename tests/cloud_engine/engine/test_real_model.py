@@ -41,7 +41,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(model_path: Path) -> Llama:
-    return load_model(model_path)
+    return load_model(model_path).pack()
 
 
 @pytest.fixture(scope="module")
