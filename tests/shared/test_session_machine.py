@@ -156,8 +156,12 @@ class Wire(RuleBasedStateMachine):
         self.world.cut(server_knows=server_knows)
 
     @precondition(lambda self: self.world.cable is not None)
-    @rule(server_knows=st.booleans(), down=st.integers(0, 3000))
+    @rule(server_knows=st.booleans(), down=st.integers(1, 400))
     def break_and_return(self, server_knows: bool, down: int) -> None:
+        """The connection breaks while everybody speaks, at any byte, and a new one is there at once."""
+        for execution in self.texts:
+            self.say(execution, "half of this ")
+        self.world.wait(0.05)
         self.move(0, down)
         self.world.cut(server_knows=server_knows)
         self.connect()
