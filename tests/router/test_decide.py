@@ -317,7 +317,7 @@ def test_invariants(features, rules, device, link):
     assert all(reason.isascii() and reason.isprintable() for reason in (*result.reasons, result.rule))
     if rules.mode.startswith("only_"):
         assert answering == {rules.mode.removeprefix("only_")}
-    if features.model in {"edge", "cloud"}:
+    if features.model == "edge" or (features.model == "cloud" and rules.fallback == "none"):
         assert answering == {features.model}
     if "edge" in answering:
         assert features.required_context <= device.context_length
