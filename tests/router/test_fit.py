@@ -1,0 +1,79 @@
+"""router.fit: training finds what there is to find, and twice the same. Needs the extra `train`."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from router.difficulty import Difficulty, Encoder
+from router.fit import BITS, VECTOR, Encoded, calibrate, fit_heads
+from router.outcomes import EXPERTS, Rows, apgr, groups
+from router.wording import read
+
+TOPICS = {"hard": "integral theorem eigenvalue proof", "easy": "apples oranges kitchen garden"}
+
+
+def made_up(count: int, seed: int) -> Rows:
+    """Questions of two kinds and two topics; the edge is right on the easy topic only, the cloud on all."""
+    rng = np.random.default_rng(seed)
+    queries, expert, weak = [], [], []
+    for number in range(count):
+        topic = "hard" if rng.random() < 0.5 else "easy"
+        words = " ".join(rng.choice(TOPICS[topic].split(), 6))
+        options = "\nA. one\nB. two\nAnswer:" if number % 2 else ""
+        queries.append(f"Number {number} asks about {words}?{options}")
+        expert.append(0 if number % 2 else 2)
+        weak.append(float(topic == "easy"))
+    ones = np.ones(count)
+    names = np.array(["made"] * count)
+    found = np.array(weak)
+    return Rows(queries, names, names, np.array(expert), np.array(groups(queries)), ones == 0, found, ones, found, ones)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    words = sorted({word for topic in TOPICS.values() for word in topic.split()})
+    keys = np.array([int(read(word).words[0]) for word in words], np.uint64)
+    rng = np.random.default_rng(0)
+    order = np.argsort(keys)
+    vectors = rng.integers(-127, 127, (len(keys), VECTOR)).astype(np.int8)[order]
+    return Encoder(keys[order], vectors, np.full(VECTOR, 0.01), np.zeros(VECTOR), np.ones(1 << BITS))
+
+
+def test_training_finds_the_signal_and_repeats_itself(encoder: Encoder) -> None:
+    """On unseen questions the order is nearly perfect, and the same rows and seed give the same arrays."""
+    rows, unseen = made_up(400, 1), made_up(200, 2)
+    encoded = Encoded(encoder, [read(query) for query in rows.query])
+
+    first, second = (fit_heads(rows, encoded, encoder, np.arange(400), seed=3) for _ in range(2))
+
+    model = Difficulty(encoder, first, EXPERTS)
+    model.check()
+    gain = np.array([model.verdict(query).gain for query in unseen.query])
+    assert apgr(unseen.weak, unseen.strong, gain) > 0.7
+    for field in fields(first):
+        np.testing.assert_array_equal(getattr(first, field.name), getattr(second, field.name), err_msg=field.name)
+
+
+def test_the_same_prompt_encodes_the_same_in_training_and_in_use(encoder: Encoder) -> None:
+    """A row of the training matrices is what the running model computes for that text."""
+    rows = made_up(5, 1)
+    encoded = Encoded(encoder, [read(query) for query in rows.query])
+
+    for at, query in enumerate(rows.query):
+        dense, where, weight = encoded.row(at)
+        assert dense == pytest.approx(encoder.dense(read(query)))
+        assert where.tolist() == encoder.sparse(read(query))[0].tolist()
+        assert weight == pytest.approx(encoder.sparse(read(query))[1], abs=1e-6)
+
+
+def test_calibration_recovers_the_probability() -> None:
+    """The curve finds the slope and intercept that made the outcomes, and never turns round."""
+    rng = np.random.default_rng(4)
+    gain = rng.normal(size=20_000)
+    needed = rng.random(20_000) < 1 / (1 + np.exp(-2 * gain + 1))
+
+    assert calibrate(gain, needed, np.ones(20_000)) == pytest.approx([2.0, -1.0], abs=0.1)
+    assert calibrate(-gain, needed, np.ones(20_000))[0] > 0
