@@ -126,12 +126,21 @@ def logistic(logit: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One prompt's difficulty and where it came from. `experts`: each expert's share; the prior has the rest."""
+    """One prompt's difficulty and where it came from. `experts`: each one's share; the prior has the rest."""
 
     score: float
     gain: float
     familiarity: float
     experts: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A threshold and what it should bring: the share sent to the cloud, the part of the quality gap recovered."""
+
+    threshold: float
+    cloud_share: float
+    recovered: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +211,27 @@ class Difficulty:
 
     def threshold(self, share: float, expert: str | None = None) -> float:
         """The score at or above which `share` (0 to 1) of prompts like the outcome tables' go to the cloud."""
-        row = self.heads.quantiles[self.names.index(expert) if expert in self.names else -1]
-        return float(np.interp(1 - share, np.linspace(0, 1, 101), row))
+        row = self.heads.quantiles[self.names.index(expert) if expert else -1]
+        return float(np.interp(1 - share, np.linspace(0, 1, len(row)), row))
+
+    def at_share(self, share: float, expert: str | None = None) -> Outlook:
+        """What to expect when `share` of the prompts may go to the cloud ("at most 30 % to the cloud")."""
+        shares, recovered = self._recovery(expert)
+        return Outlook(self.threshold(share, expert), share, float(np.interp(share, shares, recovered)))
+
+    def at_recovery(self, recovered: float, expert: str | None = None) -> Outlook:
+        """The smallest cloud share expected to recover that part of the gap ("keep 95 % of the gain")."""
+        shares, reached = self._recovery(expert)
+        first = int(np.argmax(reached >= recovered - 1e-9))
+        return Outlook(self.threshold(float(shares[first]), expert), float(shares[first]), float(reached[first]))
+
+    def _recovery(self, expert: str | None) -> tuple[Floats, Floats]:
+        """Cloud shares 0, 0.01 ... 1 and the part of the gap each should recover, from the calibrated scores."""
+        shares = np.linspace(0, 1, 101)
+        scores = np.array([self.threshold(share, expert) for share in shares])
+        gains = (np.log(scores / (1 - scores)) - self.heads.curve[1]) / self.heads.curve[0]
+        gathered = np.r_[0, np.cumsum((gains[1:] + gains[:-1]) / 2)]
+        return shares, gathered / gathered[-1]
 
 
 @functools.cache

@@ -110,6 +110,19 @@ def test_thresholds_fall_as_more_may_go_to_the_cloud(shipped: Difficulty) -> Non
         assert limits == sorted(limits, reverse=True)
 
 
+def test_a_goal_becomes_a_threshold_with_an_outlook(shipped: Difficulty) -> None:
+    """A cost goal and a quality goal meet: what a share should recover needs about that share, and beats chance."""
+    for expert in (None, "choice", "many_choices", "arithmetic"):
+        cheap = shipped.at_share(0.3, expert)
+        kept = shipped.at_recovery(cheap.recovered, expert)
+
+        assert 0.3 < cheap.recovered < 1
+        assert kept.cloud_share == pytest.approx(0.3, abs=0.011)
+        assert kept.threshold == pytest.approx(cheap.threshold, abs=0.01)
+    assert shipped.at_share(0).recovered == 0
+    assert shipped.at_share(1).recovered == pytest.approx(1)
+
+
 def test_weights_are_read_at_first_use_not_at_import() -> None:
     """Importing opens no file and needs none of the libraries that training needs; scoring needs numpy only."""
     code = (
