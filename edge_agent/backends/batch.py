@@ -96,24 +96,27 @@ class Batcher:
         return [slot.job for slot in self._slots if slot.job is not None]
 
     def admit(self, job: Job) -> None:
-        """Put a request into the free slot that saves most: where its prompt's beginning is, or the longest unused."""
+        """Put a request into the free slot that saves most: where its prompt's beginning is, else next to running ones
+        (llama.cpp computes neighbours together), else the longest unused."""
         free = [slot for slot in self._slots if slot.job is None]
         best, common = self._slots[0], 0
         if self._runtime.can_cut:
             best, common = max(
                 ((slot, slot.shared_prefix(job.prompt)) for slot in self._slots), key=lambda pair: pair[1]
             )
-        slot = min(free, key=lambda slot: slot.released)
+        slot = min(free, key=lambda slot: (-self._neighbours(slot), slot.released))
         if best.job is None and common * 2 >= best.length:
             slot = best
         elif common and best is not slot:
-            self._runtime.keep(slot.index, 0)
             self._runtime.share(best.index, slot.index, common)
         self._runtime.keep(slot.index, common)
         slot.length, slot.end = common, len(job.prompt)
         slot.tokens[: slot.end] = job.prompt
         slot.job = job
         job.text.cached_tokens = common
+
+    def _neighbours(self, slot: Slot) -> int:
+        return sum(other.job is not None and abs(other.index - slot.index) == 1 for other in self._slots)
 
     def sweep(self) -> int:
         """Free the slots of cancelled requests; returns how many."""
@@ -138,11 +141,13 @@ class Batcher:
         return events
 
     def _compose(self) -> tuple[list[tuple[Slot, int]], int, int]:
-        """Fill the batch: one row of each decoding request, then pieces of prompts. Returns who has how many rows, all
-        rows, and the decoding ones."""
+        """Fill the batch, in the order of the slots: one row of each decoding request, pieces of the prompts.
+
+        Returns who has how many rows, all rows, and the decoding ones.
+        """
         busy = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.missing)
         took: list[tuple[Slot, int]] = []
-        count = decodes = 0
+        decodes = 0
         budget = self._chunk()
         for index, slot in enumerate(busy):
             if slot.missing == 1:
@@ -151,9 +156,12 @@ class Batcher:
                 taken = min(slot.missing, max(1, budget // (len(busy) - index)), budget)
                 budget -= taken
             if taken:
-                self._fill(slot, count, taken)
                 took.append((slot, taken))
-                count += taken
+        took.sort(key=lambda pair: pair[0].index)
+        count = 0
+        for slot, taken in took:
+            self._fill(slot, count, taken)
+            count += taken
         return took, count, decodes
 
     def _fill(self, slot: Slot, at: int, taken: int) -> None:

@@ -33,7 +33,7 @@ Ids = NDArray[np.int32]
 
 
 class Native:
-    """A model and one context of `slots` sequences with a KV cache in common, each up to `context` tokens long.
+    """A model and one context of `slots` sequences, each up to `context` tokens long with a KV cache of its own.
 
     `tokens`, `positions`, `sequences` and `wanted` are views of the batch: fill the first n rows, then `decode(n)`.
     """
@@ -114,8 +114,9 @@ class Native:
         self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Let an empty sequence begin with another's first `length` tokens; the cache cells are then in common."""
-        self._api.llama_memory_seq_cp(self._memory, source, target, 0, length)
+        """Let a sequence be another's first `length` tokens. Copies the whole, then trims it: needs `can_cut`."""
+        self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self.keep(target, length)
 
     def close(self) -> None:
         with self._tokenizing:
@@ -136,8 +137,9 @@ class Native:
         params = self._api.llama_context_default_params()
         params.n_ctx = slots * self.context_length
         params.n_seq_max = slots
-        # One cache for all: streams of their own are batched only while the busy ones happen to be neighbours.
-        params.kv_unified = True
+        # A cache of its own for each: in a common one, what finished requests leave behind slows every token of the
+        # running ones. The price: llama.cpp computes sequences together only if their numbers follow each other.
+        params.kv_unified = False
         params.n_batch = params.n_ubatch = BATCH
         params.n_outputs_max = slots
         params.n_threads = params.n_threads_batch = threads

@@ -69,7 +69,8 @@ class FakeRuntime:
         self.cache[sequence] = self.cache.get(sequence, [])[:length]
 
     def share(self, source: int, target: int, length: int) -> None:
-        assert not self.cache.get(target)
+        assert self.can_cut
+        assert source != target
         assert len(self.cache[source]) >= length
         self.cache[target] = self.cache[source][:length]
 
