@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cloud_engine.engine.config import DTYPE_BYTES, DType, EngineConfig, resolve
 from cloud_engine.engine.engine import Engine
-from cloud_engine.engine.runner import Runner
+from cloud_engine.engine.runner import Runner, attention_for
 from cloud_engine.model.llama import Llama
 from cloud_engine.model.weights import load_model
 from shared.schemas import Sampling
@@ -74,4 +74,6 @@ def _engine(model: Llama, n: int, in_len: int, out_len: int, dtype: DType, devic
         device=device,
     )
     token_bytes = model.config.kv_values * DTYPE_BYTES[dtype]
-    return Engine(Runner(model, resolve(asked, model_len=model.config.context_length, token_bytes=token_bytes)))
+    config = resolve(asked, model_len=model.config.context_length, token_bytes=token_bytes)
+    kernel = attention_for(model.config, config)
+    return Engine(Runner(model, config, kernel.attend, packed=kernel.packed))

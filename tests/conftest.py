@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Read where Triton is imported, which transformers may do: kernels run on the CPU, unless somebody with a GPU says 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def clean_environ(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:

@@ -5,6 +5,7 @@ cache [2, num_blocks, block_size, Hkv, D]. It first writes all keys and values t
 since sequences of one step may share blocks; it returns [T, Hq, D].
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,21 +44,52 @@ class Decodes:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """All sequences of a step as three tensors (int32), for a kernel that takes the step in one launch. Sequence i has
+    the rows `starts[i]` to `starts[i + 1]`, the last of its `contexts[i]` tokens, in the blocks `tables[i]` [width].
+    A token sees the last `window` tokens only, itself among them. The host's `rows`, `longest_chunk` and
+    `longest_context` spare a kernel from asking the device."""
+
+    starts: Tensor
+    contexts: Tensor
+    tables: Tensor
+    rows: int
+    longest_chunk: int
+    longest_context: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """One step. `slots` [T] is where each new token's key and value go (int64: slot times stride exceeds 32 bits on
-    large pools). Every sequence is either one of `spans` or in one of `decodes`."""
+    large pools). Every sequence is either one of `spans` or in one of `decodes`; or all are in `packed`, which is what
+    a kernel with `Kernel.packed` reads, and the others need not be made."""
 
     slots: Tensor
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...] = ()
     decodes: tuple[Decodes, ...] = ()
+    packed: Packed | None = None
 
 
 NULL = 0
 """The block that padding points at: zeros, and nobody's."""
 
 
+UNLIMITED = 2**31 - 1
+"""The window of a layer without one: an int32 from which any position can be taken."""
+
+
 class Attention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: AttentionBatch, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An attention and what it wants to be told: `AttentionBatch.packed` only, or spans and decodes."""
+
+    name: str
+    attend: Attention
+    packed: bool = False
 
 
 def write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
@@ -88,6 +120,24 @@ def decodes(rows: Sequence[tuple[int, int, Sequence[int]]], block_size: int, lik
     rows_at = torch.tensor([row for row, _, _ in rows])
     on = like.device
     return Decodes(rows_at.to(on), torch.tensor(tables).to(on), contexts, mask.to(on), stale.to(on))
+
+
+def pack(
+    sequences: Sequence[tuple[int, int, Sequence[int]]],
+    block_size: int,
+    device: torch.device,
+    window: int = UNLIMITED,
+) -> Packed:
+    """Pack sequences, given as (count of new rows, context, block table) in the order of their rows."""
+    counts = [count for count, _, _ in sequences]
+    contexts = [context for _, context, _ in sequences]
+    width = max(-(-context // block_size) for context in contexts)
+    tables = [[*table[: -(-context // block_size)], *[NULL] * width][:width] for _, context, table in sequences]
+    starts = list(itertools.accumulate(counts, initial=0))
+    integers = torch.tensor(starts + contexts, dtype=torch.int32).to(device)
+    on_starts, on_contexts = integers.split_with_sizes([len(starts), len(contexts)])
+    on_tables = torch.tensor(tables, dtype=torch.int32).to(device)
+    return Packed(on_starts, on_contexts, on_tables, starts[-1], max(counts), max(contexts), window)
 
 
 def _compact(blocks: Sequence[int], device: torch.device) -> slice | Tensor:

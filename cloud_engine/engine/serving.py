@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cloud_engine.engine.config import DTYPE_BYTES, EngineConfig, resolve
 from cloud_engine.engine.engine import Engine, EngineStats, Output
-from cloud_engine.engine.runner import Runner
+from cloud_engine.engine.runner import Runner, attention_for
 from cloud_engine.engine.stream import TextStream
 from cloud_engine.model.tokenizer import Tokenizer
 from cloud_engine.model.weights import load_model
@@ -219,5 +219,7 @@ def load_engine(path: Path, config: EngineConfig | None = None, *, name: str = "
     tokenizer = Tokenizer(path)
     token_bytes = model.config.kv_values * DTYPE_BYTES[asked.dtype]
     resolved = resolve(asked, model_len=model.config.context_length, token_bytes=token_bytes)
-    engine = Engine(Runner(model, resolved), stop_ids=tokenizer.stop_ids, identity=str(path))
+    kernel = attention_for(model.config, resolved)
+    runner = Runner(model, resolved, kernel.attend, packed=kernel.packed)
+    engine = Engine(runner, stop_ids=tokenizer.stop_ids, identity=str(path))
     return EngineAnswer(engine, tokenizer, name or path.stem)

@@ -1,0 +1,103 @@
+"""Which attention an engine uses: the fastest that works here, found by trying it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+import torch
+from torch import Tensor
+
+from cloud_engine.attention import paged, reference
+from cloud_engine.attention.batch import AttentionBatch, Kernel, pack, span
+
+PAGED = Kernel("paged", paged.attend)
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""How far a right result may be from the reference's, absolute and relative, on values of unit variance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a kernel is compiled for."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class WrongResult(Exception):
+    """A kernel does not compute what the reference does."""
+
+
+def select(shape: Shape, load: Callable[[torch.device], Kernel] | None = None) -> Kernel:
+    """On CUDA the kernel of `load` (the Triton one) if it can be loaded and passes `check`, else `paged`; the log names
+    the kernel, and the reason of a fallback. A kernel that breaks the CUDA context itself cannot be fallen back from:
+    torch then raises at its next call."""
+    log = structlog.get_logger("causeway.engine")
+    if load is None and shape.device.type != "cuda":
+        return PAGED
+    try:
+        kernel = (load or triton)(shape.device)
+        check(kernel, shape)
+    except Exception as error:  # compilers and drivers raise what they like, and none of it must stop the engine
+        log.warning("attention", kernel=PAGED.name, fallback=f"{type(error).__name__}: {error}")
+        return PAGED
+    log.info("attention", kernel=kernel.name)
+    return kernel
+
+
+def triton(device: torch.device) -> Kernel:
+    """The Triton kernel for this GPU. Raises ImportError where Triton is not installed."""
+    from cloud_engine.attention.triton_unified import TritonAttention
+
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return Kernel("triton", TritonAttention(programs), packed=True)
+
+
+def check(kernel: Kernel, shape: Shape) -> None:
+    """Compare with the reference on a step of each kind, for the very shape that will be used; it also compiles what
+    the first requests would otherwise wait for. Raises WrongResult, or what the kernel raises."""
+    size = shape.block_size
+    long = -(-320 // size) * size + 1  # long enough to be divided among programs, and ends in a block's first slot
+    mixed = [(1, size), (1, size + 1), (5, 2 * size + 3), (2 * size + 1, 2 * size + 1)]
+    for lengths in (mixed, [(1, long)]):
+        _compare(kernel, shape, lengths)
+
+
+def _compare(kernel: Kernel, shape: Shape, lengths: Sequence[tuple[int, int]]) -> None:
+    """One step of sequences given as (new tokens, context), their blocks in reverse order, NaN in unused slots."""
+    noise, size = torch.Generator().manual_seed(0), shape.block_size
+    sequences, blocks = [], 1
+    for count, context in lengths:
+        used = -(-context // size)
+        sequences.append((count, context, list(range(blocks + used - 1, blocks - 1, -1))))
+        blocks += used
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, shape.head_dim, generator=noise).to(shape.dtype)
+
+    rows = sum(count for count, _ in lengths)
+    inputs = [normal(rows, heads) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    inputs.append(normal(2, blocks, size, shape.kv_heads))
+    for _, context, table in sequences:
+        inputs[3][:, table[-1], (context - 1) % size + 1 :] = torch.nan
+    q, k, v, cache = (tensor.to(shape.device) for tensor in inputs)
+    actual = kernel.attend(q, k, v, cache, _batch(sequences, size, shape.device)).to("cpu", torch.float32)
+    q, k, v, cache = inputs
+    expected = reference.attend(q, k, v, cache, _batch(sequences, size, torch.device("cpu"))).float()
+    tolerance = TOLERANCE[shape.dtype]
+    if not torch.allclose(actual, expected, atol=tolerance, rtol=tolerance):
+        raise WrongResult(f"off by {(actual - expected).abs().max().item():.3g} for {shape}")
+
+
+def _batch(sequences: Sequence[tuple[int, int, list[int]]], size: int, device: torch.device) -> AttentionBatch:
+    """Told in both ways: every kernel finds what it reads."""
+    slots: list[int] = []
+    spans = []
+    for count, context, table in sequences:
+        spans.append(span(len(slots), count, context, table, size, device))
+        slots += [table[at // size] * size + at % size for at in range(context - count, context)]
+    return AttentionBatch(torch.tensor(slots, device=device), tuple(spans), packed=pack(sequences, size, device))
