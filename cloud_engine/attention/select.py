@@ -16,6 +16,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """How far a right result may be from the reference's, absolute and relative, on values of unit variance."""
 
 
+LONG = (256, 512, 1024, 2048)
+"""Contexts of a decode that is divided among more and more programs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a kernel is compiled for."""
@@ -58,13 +62,13 @@ def triton(device: torch.device) -> Kernel:
 
 
 def check(kernel: Kernel, shape: Shape) -> None:
-    """Compare with the reference on a step of each kind, for the very shape that will be used; it also compiles what
+    """Compare with the reference on steps of each kind, for the very shape that will be used; that also compiles what
     the first requests would otherwise wait for. Raises WrongResult, or what the kernel raises."""
     size = shape.block_size
-    long = -(-320 // size) * size + 1  # long enough to be divided among programs, and ends in a block's first slot
-    mixed = [(1, size), (1, size + 1), (5, 2 * size + 3), (2 * size + 1, 2 * size + 1)]
-    for lengths in (mixed, [(1, long)]):
-        _compare(kernel, shape, lengths)
+    _compare(kernel, shape, [(1, size), (1, size + 1), (5, 2 * size + 3), (2 * size + 1, 2 * size + 1)])
+    _compare(kernel, shape, [(1, size + 1), (1, 2)])
+    for long in LONG:
+        _compare(kernel, shape, [(1, -(-long // size) * size + 1)])  # it ends in a block's first slot
 
 
 def _compare(kernel: Kernel, shape: Shape, lengths: Sequence[tuple[int, int]]) -> None:

@@ -26,9 +26,10 @@ def test_a_right_kernel_is_chosen():
     assert chosen(lambda device: good) == (good, [{"event": "attention", "kernel": "good", "log_level": "info"}])
 
 
-def test_the_triton_kernel_passes_the_check():
+def test_the_triton_kernel_passes_the_check(monkeypatch):
     """The kernel that CUDA gets is right for a model's shape, in both of its ways."""
     triton_unified = pytest.importorskip("cloud_engine.attention.triton_unified", reason="Triton is for Linux only")
+    monkeypatch.setattr(select, "LONG", (256,))  # the interpreter is slow
     good = Kernel("triton", triton_unified.TritonAttention(64), packed=True)
     assert chosen(lambda device: good)[0] is good
 
