@@ -221,11 +221,10 @@ def _merge(
     row = tl.program_id(0).to(tl.int64)
     cell, column = row * segments + tl.arange(0, segments), tl.arange(0, dim)
     top, total = tl.load(sums + cell), tl.load(sums + sums_size + cell)
-    some = total != 0.0  # what an empty segment left in `parts` is not loaded
     highest = tl.max(top, 0)
-    weight = tl.where(some, tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)), 0.0)
-    mask = some[:, None] & (column < head_dim)[None, :]
-    part = tl.load(parts + cell[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
+    weight = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))  # 0 for a segment that has seen nothing
+    wanted = (column < head_dim)[None, :]
+    part = tl.load(parts + cell[:, None] * head_dim + column[None, :], mask=wanted, other=0.0)
     whole = tl.sum(weight * total, 0)
     result = tl.sum(part * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
     tl.store(out + row * head_dim + column, result.to(out.dtype.element_ty), mask=column < head_dim)
