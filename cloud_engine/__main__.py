@@ -31,6 +31,9 @@ keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
 app.add_typer(keys_app, name="keys")
 
 BATCHES = (1, 8, 32, 64)
+SPINS = "10000"
+"""How long torch's threads spin at a barrier before they sleep. OpenMP's default is no faster on an idle machine, and
+on a shared one its spinning threads hold the cores that the awaited ones need (see tests/benchmarks/RESULTS.md)."""
 CLOSE_S = 3.0
 """What draining may take beyond its limit, to say goodbye."""
 
@@ -165,6 +168,7 @@ def repeated(args: list[str], several: set[str]) -> list[str]:
 
 def main() -> None:
     """Console entry: a typed error is one line on stderr and exit code 2."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         app()
     except CausewayError as error:
