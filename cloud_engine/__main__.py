@@ -172,7 +172,7 @@ def main() -> None:
     try:
         app()
     except CausewayError as error:
-        typer.echo(f"error: {error.message}", err=True)
+        typer.echo(f"cloud-engine: {error.message}", err=True)
         sys.exit(2)
 
 
