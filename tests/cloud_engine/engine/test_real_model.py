@@ -15,7 +15,7 @@ from cloud_engine.model.tokenizer import Tokenizer
 from cloud_engine.model.weights import load_model
 from shared.schemas import Message, Sampling
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1200)]
 
 TOKENS = 16
 GREEDY = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True)
