@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from cloud_engine.gateway.refusals import broken_off
-from shared.errors import UpstreamFailed
+from shared.errors import BadRequest, UpstreamFailed
 from shared.openai import COMPLETION_MAX_TOKENS
 from shared.replies import NO_LOGPROB
 from shared.schemas import ChatRequest, Delta, FinishReason, Sampling, TokenLogprob, TopLogprob, Usage
@@ -131,6 +131,7 @@ class ChunkReader:
         self.tokens = 0
         self._fields = fields
         self._top = request.sampling.logprobs or 0
+        self._lacks_logprobs = request.sampling.logprobs is not None
         self._scanner = StopScanner(request.sampling.stop)
         self._finish: FinishReason | None = None
         self._usage: Usage | None = None
@@ -164,6 +165,9 @@ class ChunkReader:
         text = choice.text or message.content or message.refusal or ""
         thought = bool(message.reasoning_content or message.reasoning)
         logprobs = _tokens(choice.logprobs, self._top) if choice.logprobs else ()
+        self._lacks_logprobs = self._lacks_logprobs and not logprobs
+        if self._lacks_logprobs and text:  # some servers pass over what they do not know
+            raise BadRequest("the upstream gives no logprobs", param="logprobs", source="cloud")
         tokens = len(logprobs) or int(bool(text) or thought)
         self.tokens += tokens
         if choice.finish_reason is not None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from cloud_engine.gateway.completions import ChunkReader, fields_of, path_of
-from shared.errors import RateLimited, UpstreamFailed
+from shared.errors import BadRequest, RateLimited, UpstreamFailed
 from shared.replies import error_object
 from shared.schemas import ChatRequest, Delta, Message, Sampling, TokenLogprob, TopLogprob, Usage
 
@@ -121,6 +121,15 @@ def test_completions_logprobs_are_read() -> None:
     assert got[0].logprobs == (TokenLogprob("a", -0.5, (97,), (TopLogprob("a", -0.5, (97,)),)),)
 
 
+def test_logprobs_that_do_not_come_are_missed() -> None:
+    """A server that passes over the field is found out at the first text; a later piece may be without them."""
+    with pytest.raises(BadRequest, match="no logprobs"):
+        deltas(chat(logprobs=0), piece(""), piece("a"))
+    content = [{"token": "a", "logprob": -0.5}]
+    got, _ = deltas(chat(logprobs=0), piece("a", logprobs={"content": content}), piece("b"))
+    assert [delta.text for delta in got] == ["a", "b"]
+
+
 def test_a_stop_string_is_cut_here_too() -> None:
     """A server that leaves it in, or ignores it, is stopped; text that only looked like one is not lost."""
     got, reader = deltas(chat(stop=("END",)), piece("go E"), piece("ND more"), piece("x"))
@@ -153,7 +162,7 @@ def test_a_stop_string_is_cut_here_too() -> None:
 def test_what_is_no_answer_is_upstream_failed(event: Any) -> None:
     """Malformed, mistyped, or ended for a reason that is no answer's: a typed error, never a guess."""
     with pytest.raises(UpstreamFailed):
-        deltas(chat(logprobs=1), event)
+        deltas(chat(), event)
 
 
 def test_an_answer_without_its_end_is_no_answer() -> None:
