@@ -167,15 +167,15 @@ class TestRealServer:
         async with real(inner, concurrent=4) as upstream:
             await collect(upstream, request())
             before = len(asyncio.all_tasks())
-            for turns in range(200):
+            for at in range(200):
                 task = asyncio.create_task(collect(upstream, request()))
-                for _ in range(turns % 50):
+                for _ in range(at % 50):
                     await asyncio.sleep(0)
-                await asyncio.sleep(turns % 7 / 1000)
+                await asyncio.sleep(at % 7 / 1000)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
             assert upstream.stats().running == upstream.stats().waiting == 0
-            assert 0 < len(inner.requests) < 200  # some were cancelled before they arrived, others not
+            assert len(inner.requests) > 1  # not all were cancelled before they arrived
             async with asyncio.timeout(10):
                 await inner.idle()
                 results = await asyncio.gather(*(collect(upstream, request()) for _ in range(4)))
