@@ -1,0 +1,67 @@
+import random
+
+import pytest
+import tiny_llama
+import tiny_models
+import torch
+
+from cloud_engine.attention import reference
+from cloud_engine.engine.engine import Engine
+from cloud_engine.engine.runner import Runner
+from cloud_engine.model.weights import load_model
+from shared.schemas import Sampling
+
+GREEDY = Sampling(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def prompts() -> list[list[int]]:
+    """Shorter and longer than the tiny window, most with a common beginning, enough alike to be decoded as a group."""
+    rng = random.Random(7)
+    trunk = [rng.randrange(3, 259) for _ in range(14)]
+    tails = [[rng.randrange(3, 259) for _ in range(length)] for length in (1, 3, 6, 25)]
+    return [*(trunk + tail for tail in tails), tails[0], tails[2], trunk]
+
+
+def generate(engine: Engine) -> list[list[int]]:
+    sequences = [engine.add(str(index), prompt, GREEDY) for index, prompt in enumerate(prompts())]
+    while engine.has_work:
+        engine.step()
+    return [sequence.output for sequence in sequences]
+
+
+@pytest.mark.parametrize("name", tiny_models.VARIANTS)
+def test_logits_equal_transformers(tmp_path, name):
+    """Every family, loaded from what transformers saved, gives the logits that transformers gives, in float32."""
+    oracle = tiny_models.make(name)
+    oracle.save_pretrained(tmp_path)
+    tokens = torch.randint(3, 259, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(tiny_models.logits_of(tmp_path, tokens), expected, atol=2e-4, rtol=2e-4)
+    packed = tiny_models.logits_of(tmp_path, tokens, lambda model: model.pack())
+    torch.testing.assert_close(packed, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", tiny_models.VARIANTS)
+def test_greedy_output_equals_transformers(tmp_path, name):
+    """Through the engine, in chunks, with prefix hits, preempted and in groups, greedy tokens are transformers' own."""
+    oracle = tiny_models.make(name)
+    oracle.save_pretrained(tmp_path)
+    wanted = [tiny_llama.naive_greedy(prompt, GREEDY.max_tokens, oracle) for prompt in prompts()]
+    engine = tiny_llama.engine(tmp_path, max_num_batched_tokens=11, num_blocks=30, model_len=64)
+    assert generate(engine) == wanted
+    assert generate(engine) == wanted
+    counters = engine.scheduler.counters
+    assert min(counters.prefix_hit_tokens, counters.chunks, counters.preemptions) > 0
+    plain = Engine(Runner(load_model(tmp_path), engine.config, attend=reference.attend))
+    assert generate(plain) == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_models.VARIANTS if "window" in name])
+def test_the_window_matters(tmp_path, name):
+    """The comparison above is not vacuous: without its window the model answers otherwise, but not before it fills."""
+    tokens = list(range(3, 43))
+    narrow = tiny_models.logits_of(tiny_models.save(tmp_path / "narrow", name), tokens)
+    wide = tiny_models.logits_of(tiny_models.save(tmp_path / "wide", name, sliding_window=64), tokens)
+    torch.testing.assert_close(narrow[: tiny_models.WINDOW], wide[: tiny_models.WINDOW])
+    assert (narrow[tiny_models.WINDOW] - wide[tiny_models.WINDOW]).abs().max() > 0.01
