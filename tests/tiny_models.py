@@ -14,6 +14,10 @@ from cloud_engine.model.rotary import rotary_table
 from cloud_engine.model.weights import load_model
 
 WINDOW = 7
+THREE = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_hidden_layers": 3}
+GEMMA = {"sliding_window": WINDOW, "head_dim": 20, "query_pre_attn_scalar": 20, "tie_word_embeddings": True} | THREE
+FAST = {"rope_type": "default", "rope_theta": 50.0}
+STRETCHED = {"rope_type": "linear", "rope_theta": 900.0, "factor": 8.0}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
@@ -22,6 +26,16 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, window": ("Qwen2", QWEN_WINDOW),
     "qwen3": ("Qwen3", {"head_dim": 20}),
+    "gemma3, window": ("Gemma3", GEMMA),
+    "gemma3, window, other scale, ropes": (
+        "Gemma3",
+        GEMMA
+        | {
+            "query_pre_attn_scalar": 44,
+            "rope_parameters": {"full_attention": STRETCHED, "sliding_attention": FAST},
+            "tie_word_embeddings": False,
+        },
+    ),
     "qwen3, window": ("Qwen3", {"head_dim": 20} | QWEN_WINDOW),
 }
 
@@ -29,7 +43,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 def make(name: str, **changes: object) -> PreTrainedModel:
     """Norms and biases are random too: as transformers initialises them, they would change nothing."""
     family, options = VARIANTS[name]
-    configuration = getattr(transformers, f"{family}Config", None) or getattr(transformers, f"{family}TextConfig")
+    configuration = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
     if family in ("Qwen2", "Mixtral"):
         options = {"head_dim": None} | options
     torch.manual_seed(0)

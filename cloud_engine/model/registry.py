@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cloud_engine.model import llama, mistral, qwen2, qwen3
+from cloud_engine.model import gemma3, llama, mistral, qwen2, qwen3
 from cloud_engine.model.config import ModelConfig, Raw, UnsupportedModel
 from cloud_engine.model.decoder import Family
 from shared.gguf import ModelInvalid
@@ -13,6 +13,7 @@ HUGGING_FACE: Mapping[str, Family] = {
     "MistralForCausalLM": mistral.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
+    "Gemma3ForCausalLM": gemma3.FAMILY,
 }
 GGUF: Mapping[str, Family] = {"llama": llama.FAMILY}
 

@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -6,6 +7,7 @@ import tiny_models
 import torch
 
 from cloud_engine.attention import reference
+from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
 from cloud_engine.engine.runner import Runner
 from cloud_engine.model.weights import load_model
@@ -22,8 +24,8 @@ def prompts() -> list[list[int]]:
     return [*(trunk + tail for tail in tails), tails[0], tails[2], trunk]
 
 
-def generate(engine: Engine) -> list[list[int]]:
-    sequences = [engine.add(str(index), prompt, GREEDY) for index, prompt in enumerate(prompts())]
+def generate(engine: Engine, requests: list[list[int]]) -> list[list[int]]:
+    sequences = [engine.add(str(index), prompt, GREEDY) for index, prompt in enumerate(requests)]
     while engine.has_work:
         engine.step()
     return [sequence.output for sequence in sequences]
@@ -49,12 +51,12 @@ def test_greedy_output_equals_transformers(tmp_path, name):
     oracle.save_pretrained(tmp_path)
     wanted = [tiny_llama.naive_greedy(prompt, GREEDY.max_tokens, oracle) for prompt in prompts()]
     engine = tiny_llama.engine(tmp_path, max_num_batched_tokens=11, num_blocks=30, model_len=64)
-    assert generate(engine) == wanted
-    assert generate(engine) == wanted
+    assert generate(engine, prompts()) == wanted
+    assert generate(engine, prompts()) == wanted
     counters = engine.scheduler.counters
     assert min(counters.prefix_hit_tokens, counters.chunks, counters.preemptions) > 0
     plain = Engine(Runner(load_model(tmp_path), engine.config, attend=reference.attend))
-    assert generate(plain) == wanted
+    assert generate(plain, prompts()[2:4]) == wanted[2:4]
 
 
 @pytest.mark.parametrize("name", [name for name in tiny_models.VARIANTS if "window" in name])
@@ -65,3 +67,24 @@ def test_the_window_matters(tmp_path, name):
     wide = tiny_models.logits_of(tiny_models.save(tmp_path / "wide", name, sliding_window=64), tokens)
     torch.testing.assert_close(narrow[: tiny_models.WINDOW], wide[: tiny_models.WINDOW])
     assert (narrow[tiny_models.WINDOW] - wide[tiny_models.WINDOW]).abs().max() > 0.01
+
+
+def test_older_gemma_files_say_the_same(tmp_path):
+    """A pattern, two base frequencies and a `rope_scaling` are read as the lists and parameters of newer files."""
+    name = "gemma3, window, other scale, ropes"
+    new = load_model(tiny_models.save(tmp_path, name)).config
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["layer_types"], fields["rope_parameters"], fields["_sliding_window_pattern"]
+    old = {"rope_theta": 900.0, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    file.write_text(json.dumps(fields | old | {"sliding_window_pattern": 2}))
+    assert load_model(tmp_path).config == new
+
+
+def test_half_precision_norms_keep_their_precision(tmp_path):
+    """In bfloat16 the factors of Gemma's norms stay float32: near one, bfloat16 has steps of a hundredth."""
+    model = load_model(tiny_models.save(tmp_path, "gemma3, window"), dtype="bfloat16")
+    kinds = {name.endswith("norm.weight"): place.dtype for name, place in model.destinations().items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    config = EngineConfig(model_len=64, num_blocks=30, block_size=4, dtype="bfloat16")
+    assert [len(output) for output in generate(Engine(Runner(model.pack(), config)), prompts()[:2])] == [12, 12]
