@@ -19,6 +19,8 @@ GEMMA = {"sliding_window": WINDOW, "head_dim": 20, "query_pre_attn_scalar": 20, 
 FAST = {"rope_type": "default", "rope_theta": 50.0}
 STRETCHED = {"rope_type": "linear", "rope_theta": 900.0, "factor": 8.0}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}
+QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 20}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, window": ("Mistral", {"sliding_window": WINDOW}),
@@ -36,6 +38,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "mixtral": ("Mixtral", EXPERTS | {"sliding_window": None}),
+    "mixtral, window": ("Mixtral", EXPERTS | {"sliding_window": WINDOW}),
+    "qwen3 moe": ("Qwen3Moe", QWEN_EXPERTS | {"norm_topk_prob": False}),
+    "qwen3 moe, normalised": ("Qwen3Moe", QWEN_EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3, window": ("Qwen3", {"head_dim": 20} | QWEN_WINDOW),
 }
 

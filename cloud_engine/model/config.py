@@ -52,11 +52,11 @@ class LayerKind:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
     """`chosen` of `count` experts compute each token; their weights sum to one if `normalised`. The layers `dense`
-    have a plain MLP instead."""
+    have a plain MLP instead. The default: there are none."""
 
-    count: int
-    chosen: int
-    intermediate_size: int
+    count: int = 0
+    chosen: int = 0
+    intermediate_size: int = 0
     normalised: bool = True
     dense: frozenset[int] = frozenset()
 
@@ -74,7 +74,7 @@ class ModelConfig:
     layers: tuple[LayerKind, ...]
     tied: bool = False
     """The output projection is the embedding."""
-    experts: Experts | None = None
+    experts: Experts = Experts()
     query_scale: float = 1.0
     """Attention scores are q k / sqrt(head_dim) times this."""
 
@@ -105,10 +105,12 @@ def read(
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         layers=tuple(layers),
         tied=bool(raw.get("tie_word_embeddings", tied)),
-        experts=experts,
+        experts=experts or Experts(),
         query_scale=query_scale,
     )
     _check_dimensions(config)
+    if experts and not (1 <= experts.chosen <= experts.count and experts.intermediate_size > 0):
+        raise ModelInvalid("the numbers of experts do not fit together", param="model")
     if int(raw.get("rotary_dim") or config.head_dim) != config.head_dim:
         raise UnsupportedModel("partial rotary embeddings are not supported", param="model")
     return config
@@ -165,9 +167,5 @@ def _check_dimensions(config: ModelConfig) -> None:
     windows = [kind.window for kind in config.layers if kind.window is not None]
     if min(*sizes, *heads, *windows) < 1 or config.num_heads % config.num_kv_heads or config.head_dim % 2:
         raise ModelInvalid("the model's dimensions do not fit together", param="model")
-    if config.experts and not 1 <= config.experts.chosen <= config.experts.count:
-        raise ModelInvalid("the model's number of experts does not fit together", param="model")
-    if config.experts and config.experts.intermediate_size < 1:
-        raise ModelInvalid("the experts' intermediate size is not positive", param="model")
     if any(len(kind.rope.factors) not in (0, config.head_dim // 2) for kind in config.layers):
         raise ModelInvalid("rope_freqs does not fit the head dimension", param="model")

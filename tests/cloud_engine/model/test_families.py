@@ -11,6 +11,7 @@ from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
 from cloud_engine.engine.runner import Runner
 from cloud_engine.model.weights import load_model
+from shared.gguf import ModelInvalid
 from shared.schemas import Sampling
 
 GREEDY = Sampling(temperature=0, max_tokens=12, ignore_eos=True)
@@ -86,5 +87,14 @@ def test_half_precision_norms_keep_their_precision(tmp_path):
     model = load_model(tiny_models.save(tmp_path, "gemma3, window"), dtype="bfloat16")
     kinds = {name.endswith("norm.weight"): place.dtype for name, place in model.destinations().items()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
-    config = EngineConfig(model_len=64, num_blocks=30, block_size=4, dtype="bfloat16")
+    config = EngineConfig(model_len=64, num_blocks=30, block_size=4, max_num_batched_tokens=64, dtype="bfloat16")
     assert [len(output) for output in generate(Engine(Runner(model.pack(), config)), prompts()[:2])] == [12, 12]
+
+
+@pytest.mark.parametrize("changes", [{"num_experts_per_tok": 7}, {"num_local_experts": 0}, {"num_local_experts": None}])
+def test_impossible_experts_are_refused(tmp_path, changes):
+    """More experts for a token than there are, or none at all: typed errors."""
+    file = tiny_models.save(tmp_path, "mixtral") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ModelInvalid):
+        load_model(tmp_path)
