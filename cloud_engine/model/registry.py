@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cloud_engine.model import gemma3, llama, mistral, qwen2, qwen3
+from cloud_engine.model import gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from cloud_engine.model.config import ModelConfig, Raw, UnsupportedModel
 from cloud_engine.model.decoder import Family
 from shared.gguf import ModelInvalid
@@ -14,8 +14,15 @@ HUGGING_FACE: Mapping[str, Family] = {
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
     "Gemma3ForCausalLM": gemma3.FAMILY,
+    "MixtralForCausalLM": mixtral.FAMILY,
+    "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
 }
-GGUF: Mapping[str, Family] = {"llama": llama.FAMILY}
+GGUF: Mapping[str, Family] = {
+    "llama": llama.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "gemma3": gemma3.FAMILY,
+}
 
 
 def find(families: Mapping[str, Family], name: Any) -> Family:
