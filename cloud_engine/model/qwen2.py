@@ -19,7 +19,8 @@ def layers(raw: Raw) -> list[LayerKind]:
     listed = raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (count - first)
     if len(listed) != count:
         raise ValueError("layer_types")
-    return [LayerKind(rope, window if kind == "sliding_attention" else None) for kind in listed]
+    kinds = {"full_attention": LayerKind(rope), "sliding_attention": LayerKind(rope, window)}
+    return [kinds[kind] for kind in listed]
 
 
 def build(config: ModelConfig, empty: Empty) -> Decoder:

@@ -98,3 +98,13 @@ def test_impossible_experts_are_refused(tmp_path, changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ModelInvalid):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3, window"])
+@pytest.mark.parametrize("types", [["chunked_attention"] * 3, ["full_attention"]])
+def test_unknown_or_too_few_layer_types_are_refused(tmp_path, name, types):
+    """A layer of a type we do not know, or a list that does not cover the layers: typed errors."""
+    file = tiny_models.save(tmp_path, name) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_types": types, "num_hidden_layers": 3}))
+    with pytest.raises(ModelInvalid, match=r"layer_types|chunked_attention"):
+        load_model(tmp_path)
