@@ -3,18 +3,20 @@
 import asyncio
 import os
 import socket
+import ssl
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from prometheus_client import CollectorRegistry
 from typer.core import TyperCommand
 
-from cloud_engine.gateway.server import Gateway
+from cloud_engine.gateway.server import Backend, Gateway
+from cloud_engine.gateway.upstream import Timeouts, Upstream
 from cloud_engine.settings import CloudSettings
-from shared.config import InvalidSettings, load
+from shared.config import InvalidSettings, load, read_secret
 from shared.errors import CausewayError
 from shared.frames import MAX_FRAME
 from shared.keys import Keys, new_key
@@ -23,14 +25,14 @@ from shared.serving import bind, check_bind
 from shared.serving import serve as serve_app
 from shared.telemetry import RequestLog, set_up_logging
 
-if TYPE_CHECKING:  # torch is behind it
-    from cloud_engine.engine.serving import EngineAnswer
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
 app.add_typer(keys_app, name="keys")
 
 BATCHES = (1, 8, 32, 64)
+SPINS = "10000"
+"""How long torch's threads spin at a barrier before they sleep. OpenMP's default is no faster on an idle machine, and
+on a shared one its spinning threads hold the cores that the awaited ones need (see tests/benchmarks/RESULTS.md)."""
 CLOSE_S = 3.0
 """What draining may take beyond its limit, to say goodbye."""
 
@@ -45,7 +47,10 @@ class SeveralValues(TyperCommand):
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option(help="name in the model store, folder, or GGUF file")] = None,
+    model: Annotated[str | None, typer.Option(help="name in the model store, folder, GGUF; or upstream's name")] = None,
+    backend: Annotated[str | None, typer.Option(help="native, openai, or auto: openai if there is an upstream")] = None,
+    upstream: Annotated[str | None, typer.Option(help="OpenAI-compatible server: http://HOST:PORT/v1")] = None,
+    upstream_key_file: Annotated[Path | None, typer.Option(help="file with the key for the upstream")] = None,
     host: Annotated[str | None, typer.Option(help="beyond loopback needs --keys and TLS")] = None,
     port: Annotated[int | None, typer.Option(help="0 chooses one and prints it")] = None,
     keys: Annotated[Path | None, typer.Option(help="key file; without it loopback needs no key")] = None,
@@ -68,7 +73,8 @@ def serve(
     set_up_logging(settings.log_level)
     key_file = Keys(settings.keys, source="cloud") if settings.keys else None
     with bind(settings.host, settings.port) as listener:
-        asyncio.run(_serve(settings, _load(settings), key_file, listener))
+        backend_of = _upstream if settings.upstream else _native
+        asyncio.run(_serve(settings, backend_of(settings), key_file, listener))
 
 
 @keys_app.command("new")
@@ -103,7 +109,8 @@ def bench(
         raise InvalidSettings(str(error)) from error
 
 
-def _load(settings: CloudSettings) -> "EngineAnswer":
+def _native(settings: CloudSettings) -> Backend:
+    """Our own engine: torch is imported here."""
     path = _resolved(settings.model)
     verify(path)
     from cloud_engine.engine.serving import load_engine
@@ -114,7 +121,34 @@ def _load(settings: CloudSettings) -> "EngineAnswer":
         raise InvalidSettings(str(error)) from error
 
 
-async def _serve(settings: CloudSettings, engine: "EngineAnswer", keys: Keys | None, listener: socket.socket) -> None:
+def _upstream(settings: CloudSettings) -> Backend:
+    """Another server: this process then needs no torch."""
+    key_file, ca = settings.upstream_key_file, settings.upstream_ca
+    try:
+        trusted = ssl.create_default_context(cafile=str(ca) if ca else None)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidSettings(f"upstream_ca: {ca} holds no certificates", param="upstream_ca") from error
+    return Upstream(
+        settings.upstream or "",
+        settings.model,
+        read_secret(key_file, "upstream_key_file") if key_file else "",
+        context_length=settings.model_len,
+        timeouts=Timeouts(settings.connect_timeout, settings.first_token_timeout, settings.idle_timeout),
+        concurrent=settings.max_num_seqs + settings.max_waiting,
+        cache_salt=settings.upstream_cache_salt,
+        verify=trusted,
+    )
+
+
+async def _serve(settings: CloudSettings, engine: Backend, keys: Keys | None, listener: socket.socket) -> None:
+    await engine.start()
+    try:
+        await _serve_started(settings, engine, keys, listener)
+    finally:
+        await engine.aclose()
+
+
+async def _serve_started(settings: CloudSettings, engine: Backend, keys: Keys | None, listener: socket.socket) -> None:
     registry = CollectorRegistry()
     gateway = Gateway(
         engine,
@@ -125,20 +159,16 @@ async def _serve(settings: CloudSettings, engine: "EngineAnswer", keys: Keys | N
         registry=registry,
         listeners=(RequestLog(),),
     )
-    await engine.start()
-    try:
-        await serve_app(
-            gateway.app,
-            settings.host,
-            settings.port,
-            tls=settings.tls,
-            drain=lambda: gateway.drain(settings.drain_s),
-            drain_s=settings.drain_s + CLOSE_S,
-            ws_max_size=MAX_FRAME,
-            listener=listener,
-        )
-    finally:
-        await engine.aclose()
+    await serve_app(
+        gateway.app,
+        settings.host,
+        settings.port,
+        tls=settings.tls,
+        drain=lambda: gateway.drain(settings.drain_s),
+        drain_s=settings.drain_s + CLOSE_S,
+        ws_max_size=MAX_FRAME,
+        listener=listener,
+    )
 
 
 def _resolved(model: str) -> Path:
@@ -165,10 +195,11 @@ def repeated(args: list[str], several: set[str]) -> list[str]:
 
 def main() -> None:
     """Console entry: a typed error is one line on stderr and exit code 2."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         app()
     except CausewayError as error:
-        typer.echo(f"error: {error.message}", err=True)
+        typer.echo(f"cloud-engine: {error.message}", err=True)
         sys.exit(2)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cloud_engine.engine.config import DTYPE_BYTES, DType, EngineConfig, resolve
 from cloud_engine.engine.engine import Engine
 from cloud_engine.engine.runner import Runner, attention_for
-from cloud_engine.model.llama import Llama
+from cloud_engine.model.decoder import Decoder
 from cloud_engine.model.weights import load_model
 from shared.schemas import Sampling
 
@@ -58,7 +58,7 @@ def measure(engine: Engine, n: int, in_len: int, out_len: int, seed: int, clock:
     return clock() - start
 
 
-def _engine(model: Llama, n: int, in_len: int, out_len: int, dtype: DType, device: str) -> Engine:
+def _engine(model: Decoder, n: int, in_len: int, out_len: int, dtype: DType, device: str) -> Engine:
     """An engine with room for exactly this load, so that the pool's size is no part of the measurement."""
     if (length := in_len + out_len) > model.config.context_length:
         raise ValueError(f"{length} tokens are over the model's context length of {model.config.context_length}")

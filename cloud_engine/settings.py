@@ -2,15 +2,16 @@
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from cloud_engine.engine.config import DType, EngineConfig
 from cloud_engine.gateway.limits import TenantLimits
 from shared.config import Settings
 from shared.guard import Guard
-from shared.serving import Tls
+from shared.serving import Tls, is_loopback
 
 
 def _split(value: object) -> object:
@@ -18,6 +19,22 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _base_url(url: str) -> str:
+    """`http(s)://HOST:PORT`, with the path of the API or without: then `/v1`. No secret belongs in a URL."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.port is None or parts.port > 0
+    except ValueError:
+        raise PydanticCustomError("url", "is not a URL") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or not fits or not url.isascii():
+        raise PydanticCustomError("url", "must be http://HOST:PORT or https://HOST:PORT, with or without a path")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise PydanticCustomError("url", "must hold no user, password, query or fragment")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+
+
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
+Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Names = Annotated[frozenset[str], BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
@@ -26,7 +43,7 @@ class CloudSettings(Settings):
     """Settings of the cloud engine. Sizes in bytes, times in seconds; 0 means "choose for me" or "no limit"."""
 
     model: Annotated[str, Field(min_length=1)]
-    """A name from the model store, a folder in Hugging Face layout, or a GGUF file."""
+    """A name from the model store, a folder in Hugging Face layout, or a GGUF file; with `upstream`, its name there."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8585
     keys: Path | None = None
@@ -40,6 +57,24 @@ class CloudSettings(Settings):
     body_timeout: Annotated[float, Field(gt=0, le=600)] = 30.0
     drain_s: Annotated[float, Field(ge=0, le=600)] = 20.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    backend: Literal["auto", "native", "openai"] = "auto"
+    """What answers: our own engine, or `upstream`; auto: the upstream if there is one."""
+    upstream: BaseUrl | None = None
+    """An OpenAI-compatible server, as `http://HOST:PORT/v1`."""
+    upstream_key_file: Path | None = None
+    """Holds the key that the upstream knows us by; no other user may read it."""
+    upstream_ca: Path | None = None
+    """Certificates to trust the upstream by, in PEM; none: those of the operating system."""
+    upstream_plaintext: bool = False
+    """Permit `http://` to another machine: the key and every prompt cross the network in the clear."""
+    upstream_cache_salt: bool = False
+    """Send `cache_salt`, which vLLM knows, so that tenants do not share its prefix cache."""
+    connect_timeout: Seconds = 5.0
+    first_token_timeout: Seconds = 120.0
+    """From the request to the upstream's first token."""
+    idle_timeout: Seconds = 60.0
+    """Between two pieces of the upstream's answer."""
 
     dtype: DType = "float32"
     device: str = "cpu"
@@ -61,6 +96,25 @@ class CloudSettings(Settings):
     def _tls_is_whole(self) -> "CloudSettings":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise PydanticCustomError("tls", "tls_cert and tls_key belong together")
+        return self
+
+    @model_validator(mode="after")
+    def _upstream_fits(self) -> "CloudSettings":
+        if self.upstream is None:
+            given = {"upstream_key_file": self.upstream_key_file, "upstream_ca": self.upstream_ca}
+            needing = next((name for name, value in given.items() if value is not None), None)
+            if needing or self.backend == "openai":
+                raise PydanticCustomError(
+                    "upstream", f"{needing or 'backend openai'} needs upstream, a server's address"
+                )
+            return self
+        if self.backend == "native":
+            raise PydanticCustomError("upstream", "backend native has no upstream")
+        parts = urlsplit(self.upstream)
+        if parts.scheme == "http" and not is_loopback(parts.hostname or "") and not self.upstream_plaintext:
+            raise PydanticCustomError(
+                "upstream", "upstream: beyond loopback it must be https:// (or set upstream_plaintext)"
+            )
         return self
 
     @property

@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 RUN = HERE.parent / ".run"
 BIN = Path(sys.executable).parent
 EDGE_PORT, CLOUD_PORT = 8484, 8585
+SIDES = ("edge", "cloud")
 READY_S, STOP_S, ANSWER_S = 120.0, 20.0, 120.0
 
 Model = Annotated[str, typer.Option(help="a name from the model store, or a GGUF file")]
@@ -222,7 +223,7 @@ def demo(model: Model = DEFAULT_MODEL) -> None:
 
 def left_running() -> list[psutil.Process]:
     """Of the processes `serve` wrote down, those that are still ours: a number may have passed to another program."""
-    pids = [int(file.read_text()) for file in (RUN / "edge.pid", RUN / "cloud.pid") if file.exists()]
+    pids = [int(file.read_text()) for file in (RUN / f"{side}.pid" for side in SIDES) if file.exists()]
     processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     return [process for process in processes if str(BIN) in " ".join(process.cmdline())]
 
@@ -233,10 +234,13 @@ def serve(
     edge_port: int = EDGE_PORT,
     cloud_port: int = CLOUD_PORT,
 ) -> None:
-    """Leave both sides running in the background."""
-    if left_running():
+    """Leave both sides running in the background. If only one of them still is, both are started anew."""
+    left = left_running()
+    if len(left) == len(SIDES):
         console.print("already running; `make stop` ends it")
     else:
+        for process in left:
+            end(process)
         RUN.mkdir(mode=0o700, exist_ok=True)
         cloud, edge = start_both(RUN, model, edge_port, cloud_port)
         for side, daemon in (("cloud", cloud), ("edge", edge)):
@@ -251,7 +255,7 @@ def stop() -> None:
     """End what `serve` started."""
     for process in left_running():
         end(process)
-    for side in ("edge", "cloud"):
+    for side in SIDES:
         (RUN / f"{side}.pid").unlink(missing_ok=True)
     console.print("stopped")
 

@@ -69,7 +69,7 @@ def chat(
 ) -> None:
     """Talk to the running daemon; Ctrl-D ends it."""
     from edge_agent.chat import converse
-    from edge_agent.settings import read_secret
+    from shared.config import read_secret
 
     def write(text: str) -> None:
         typer.echo(text, nl=False)

@@ -16,8 +16,8 @@ from edge_agent.backends.cloud import CloudBackend
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.daemon import put_together
 from edge_agent.policy_file import PolicyFile
-from edge_agent.settings import EdgeSettings, check, read_secret
-from shared.config import InvalidSettings
+from edge_agent.settings import EdgeSettings, check
+from shared.config import InvalidSettings, read_secret
 from shared.guard import Guard
 from shared.keys import Keys
 from shared.models import default_store, resolve, verify

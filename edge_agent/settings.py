@@ -1,6 +1,5 @@
 """What an administrator can set, by flag, `CAUSEWAY_*` variable or TOML file; checked before anything starts."""
 
-import stat
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -12,7 +11,6 @@ from shared.config import InvalidSettings, Settings
 from shared.frames import WIRE_PATH
 from shared.serving import Tls, check_bind, is_loopback
 
-MAX_SECRET_BYTES = 4096
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -104,22 +102,3 @@ def cloud_url(url: str) -> str:
     if parts.username or parts.password or parts.query or parts.fragment:
         raise PydanticCustomError("url", "must hold no user, password, query or fragment")
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") or WIRE_PATH, "", ""))
-
-
-def read_secret(path: Path, name: str) -> str:
-    """The one line of a secret's file. Raises InvalidSettings, also where other users could read it."""
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_SECRET_BYTES + 1)
-            mode = stat.S_IMODE(path.stat().st_mode)
-    except OSError as error:
-        raise InvalidSettings(f"{name}: {path}: {error.strerror}", param=name) from error
-    if mode & stat.S_IROTH:
-        raise InvalidSettings(f"{name}: every user can read {path}: run `chmod 600` on it", param=name)
-    try:
-        secret = content.decode("ascii").strip()
-    except UnicodeDecodeError:
-        secret = ""
-    if not secret or not secret.isprintable() or " " in secret or len(content) > MAX_SECRET_BYTES:
-        raise InvalidSettings(f"{name}: {path} must hold one line of ASCII, the secret", param=name)
-    return secret

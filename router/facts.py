@@ -123,7 +123,7 @@ def _holds(condition: Range | tuple[str, ...] | str | bool, value: float | str |
 def _spelled(value: float | str | bool) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return value if isinstance(value, str) else f"{value:.6g}"
+    return value if isinstance(value, str) else f"{round(value, 1):.10g}"
 
 
 def _fits(case: Case, context_length: int | None) -> bool | None:

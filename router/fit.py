@@ -27,6 +27,7 @@ BITS = 16
 VECTOR = 64
 TREES = 120
 WORDS = 30_000
+BY_WORDS = frozenset({"choice"})  # experts that hear the word vectors; the others do as well or better without
 # Per expert: the penalty of its linear logits (the inverse of C), and the blend of logits, trees and n-grams.
 PENALTY = {"choice": 2000.0, "many_choices": 3000.0, "arithmetic": 600.0, "code": 1000.0, "contest": 150.0}
 BLEND = {
@@ -164,14 +165,16 @@ def _empty_expert(width: int) -> dict[str, Array]:
 def _fit_expert(
     rows: Rows, encoded: Encoded, inputs: Array, at: Array, own: Array, name: str, seed: int
 ) -> dict[str, Array]:
-    x, weak, strong = inputs[own], rows.soft_weak[at], rows.soft_strong[at]
+    x, dense, weak, strong = inputs[own], encoded.dense[at], rows.soft_weak[at], rows.soft_strong[at]
+    middle, whiten, reach = _fit_familiarity(x)
+    if name not in BY_WORDS:
+        x[:, -1 - VECTOR :] = dense[:, -1 - VECTOR :] = 0
     _, number, size = np.unique(rows.domain[at], return_inverse=True, return_counts=True)
     weight = 1 / np.sqrt(size[number])
     weight /= weight.mean()
     gain = strong - weak
-    feature, limit, leaf = _fit_trees(encoded.dense[at], gain, weight, seed)
+    feature, limit, leaf = _fit_trees(dense, gain, weight, seed)
     ridge = Ridge(alpha=10.0, solver="sparse_cg").fit(encoded.grams[at], gain)
-    middle, whiten, reach = _fit_familiarity(x)
     return {
         "weak": _fit_logit(x, weak, weight, PENALTY[name]), "strong": _fit_logit(x, strong, weight, PENALTY[name]),
         "feature": feature, "limit": limit, "leaf": leaf, "gram": ridge.coef_, "base": np.array(ridge.intercept_),

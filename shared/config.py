@@ -1,5 +1,6 @@
 """Settings: flag beats environment (`CAUSEWAY_*`) beats file. Nothing is read at import."""
 
+import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from shared.errors import BadRequest
 
 ENV_PREFIX = "CAUSEWAY_"
+MAX_SECRET_BYTES = 4096
 
 
 class Settings(BaseModel):
@@ -46,6 +48,25 @@ def load(model: type[M], file: Path | None, env: Mapping[str, str], flags: Mappi
         field = ".".join(str(part) for part in first["loc"]) or model.__name__
         where = origin.get(str(first["loc"][0]) if first["loc"] else "", "settings")
         raise InvalidSettings(f"{where}: {field}: {first['msg']}", param=field) from error
+
+
+def read_secret(path: Path, name: str) -> str:
+    """The one line of a secret's file. Raises InvalidSettings, also where other users could read it."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_SECRET_BYTES + 1)
+            mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise InvalidSettings(f"{name}: {path}: {error.strerror}", param=name) from error
+    if mode & stat.S_IROTH:
+        raise InvalidSettings(f"{name}: every user can read {path}: run `chmod 600` on it", param=name)
+    try:
+        secret = content.decode("ascii").strip()
+    except UnicodeDecodeError:
+        secret = ""
+    if not secret or not secret.isprintable() or " " in secret or len(content) > MAX_SECRET_BYTES:
+        raise InvalidSettings(f"{name}: {path} must hold one line of ASCII, the secret", param=name)
+    return secret
 
 
 def _read(file: Path) -> dict[str, Any]:

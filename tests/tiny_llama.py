@@ -1,11 +1,11 @@
-"""A Llama of a few thousand weights with a byte-level tokenizer: real files, small enough for any test."""
+"""Models of a few thousand weights with a byte-level tokenizer: real files, small enough for any test."""
 
 from functools import cache
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
@@ -20,24 +20,26 @@ TEMPLATE = (
 CONTEXT = 256
 
 
+SHAPE: dict[str, object] = {
+    "vocab_size": 259,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+
 def llama(**changes: object) -> LlamaForCausalLM:
     """Random weights, wide enough apart that argmax is never a near tie."""
-    values = {
-        "vocab_size": 259,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "max_position_embeddings": CONTEXT,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-    }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(values | changes))).float().eval()
+    return LlamaForCausalLM(LlamaConfig(**(SHAPE | changes))).float().eval()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -65,11 +67,11 @@ def oracle() -> LlamaForCausalLM:
 
 
 @torch.inference_mode()
-def naive_greedy(prompt: list[int], count: int) -> list[int]:
+def naive_greedy(prompt: list[int], count: int, model: PreTrainedModel | None = None) -> list[int]:
     """Greedy decoding without any cache: the whole sequence again for every token."""
-    tokens = list(prompt)
+    model, tokens = model or oracle(), list(prompt)
     for _ in range(count):
-        tokens.append(int(oracle()(torch.tensor([tokens])).logits[0, -1].argmax()))
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 

@@ -3,6 +3,9 @@
 A kernel gets this layer's queries [T, Hq, D], keys and values [T, Hkv, D] of the step's T new tokens, and the layer's
 cache [2, num_blocks, block_size, Hkv, D]. It first writes all keys and values to their slots and only then reads any,
 since sequences of one step may share blocks; it returns [T, Hq, D].
+
+In layers with a sliding window a token sees the last `window` tokens only, itself among them. To such a layer a long
+sequence is a short one: blocks that none of its new tokens can see are left out of the table, and of the context.
 """
 
 import itertools
@@ -20,7 +23,7 @@ class Span:
 
     `blocks` is the part of the block table that covers the context: a slice where the blocks are consecutive (no copy
     is needed to read them), else their indices. `mask` [count, context] says which keys each row may see; None where
-    plain causality from the first token, or a single row that sees all, needs no mask.
+    plain causality from the first key, or a single row that sees all, needs no mask.
     """
 
     row: int
@@ -63,11 +66,13 @@ class Packed:
 class AttentionBatch:
     """One step. `slots` [T] is where each new token's key and value go (int64: slot times stride exceeds 32 bits on
     large pools). Every sequence is either one of `spans` or in one of `decodes`; or all are in `packed`, which is what
-    a kernel with `Kernel.packed` reads, and the others need not be made."""
+    a kernel with `Kernel.packed` reads, and the others need not be made. The masks of spans and decodes, and `packed`,
+    already keep to `window`; it is None where a token sees all before it."""
 
     slots: Tensor
     spans: tuple[Span, ...] = ()
     decodes: tuple[Decodes, ...] = ()
+    window: int | None = None
     packed: Packed | None = None
 
 
@@ -99,24 +104,49 @@ def write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     flat[1].index_copy_(0, slots, v)
 
 
-def span(row: int, count: int, context: int, table: Sequence[int], block_size: int, device: torch.device) -> Span:
-    used = table[: -(-context // block_size)]
+def first_block(context: int, count: int, block_size: int, window: int | None) -> int:
+    """Of a sequence's blocks, the first that one of its last `count` tokens can see."""
+    return 0 if window is None else max(0, context - count + 1 - window) // block_size
+
+
+def span(
+    row: int,
+    count: int,
+    context: int,
+    table: Sequence[int],
+    block_size: int,
+    device: torch.device,
+    window: int | None = None,
+) -> Span:
+    first = first_block(context, count, block_size, window)
+    used = table[first : -(-context // block_size)]
+    context -= first * block_size
+    hidden = window is not None and window < context
     mask = None
-    if 1 < count < context:
+    if hidden or 1 < count < context:
         mask = torch.ones(count, context, dtype=torch.bool, device=device).tril_(context - count)
+    if mask is not None and window is not None:
+        mask.triu_(context - count + 1 - window)
     return Span(row, count, context, _compact(used, device), mask)
 
 
-def decodes(rows: Sequence[tuple[int, int, Sequence[int]]], block_size: int, like: Tensor) -> Decodes:
+def decodes(
+    rows: Sequence[tuple[int, int, Sequence[int]]], block_size: int, like: Tensor, window: int | None = None
+) -> Decodes:
     """Batch single-token sequences, each given as (row, context, block table); tensors are made like `like`."""
-    contexts = tuple(context for _, context, _ in rows)
-    width = max(-(-context // block_size) for context in contexts)
-    tables = [[*table[: -(-context // block_size)], *[NULL] * width][:width] for _, context, table in rows]
+    firsts = [first_block(context, 1, block_size, window) for _, context, _ in rows]
+    contexts = tuple(context - first * block_size for (_, context, _), first in zip(rows, firsts, strict=True))
+    used = [table[first : -(-context // block_size)] for (_, context, table), first in zip(rows, firsts, strict=True)]
+    width = max(map(len, used))
+    tables = [[*blocks, *[NULL] * (width - len(blocks))] for blocks in used]
     keys, lengths = torch.arange(width * block_size), torch.tensor(contexts)[:, None]
     written = -(-lengths // block_size) * block_size
+    unseen = keys >= lengths
+    stale = (unseen & (keys < written)).flatten().nonzero()[:, 0]
+    if window is not None:
+        unseen = unseen | (keys < lengths - window)
     mask = torch.zeros(len(rows), 1, 1, width * block_size, dtype=like.dtype)
-    mask.masked_fill_((keys >= lengths)[:, None, None], -torch.inf)
-    stale = ((keys >= lengths) & (keys < written)).flatten().nonzero()[:, 0]
+    mask.masked_fill_(unseen[:, None, None], -torch.inf)
     rows_at = torch.tensor([row for row, _, _ in rows])
     on = like.device
     return Decodes(rows_at.to(on), torch.tensor(tables).to(on), contexts, mask.to(on), stale.to(on))

@@ -33,11 +33,11 @@ def _read(cache: Tensor, span: Span) -> tuple[Tensor, Tensor]:
 
 
 def _decode(q: Tensor, cache: Tensor, span: Span, out: Tensor) -> None:
-    """One row sees every key, so the query heads of a group can be rows of one problem: [1, Hkv, group, D]."""
+    """All query heads of a group see the same keys, so they can be rows of one problem: [1, Hkv, group, D]."""
     keys, values = _read(cache, span)
     heads = keys.shape[1]
     query = q[span.row].view(1, heads, -1, q.shape[2])
-    out[span.row] = F.scaled_dot_product_attention(query, keys, values).view(q.shape[1:])
+    out[span.row] = F.scaled_dot_product_attention(query, keys, values, attn_mask=span.mask).view(q.shape[1:])
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, span: Span, out: Tensor) -> None:

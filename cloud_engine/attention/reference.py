@@ -16,9 +16,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: AttentionBatch
         keys, values = _gather(cache, span)
         group = q.shape[1] // keys.shape[1]
         for offset in range(span.count):
-            visible = span.context - span.count + offset + 1
+            end = span.context - span.count + offset + 1
+            visible = slice(0 if batch.window is None else max(0, end - batch.window), end)
             for head in range(q.shape[1]):
-                key, value = keys[:visible, head // group].float(), values[:visible, head // group].float()
+                key, value = keys[visible, head // group].float(), values[visible, head // group].float()
                 scores = key @ q[span.row + offset, head].float() / math.sqrt(q.shape[2])
                 out[span.row + offset, head] = (scores.softmax(0) @ value).to(q.dtype)
     return out

@@ -4,12 +4,23 @@ import torch
 from torch import Tensor
 
 from cloud_engine.attention import paged
-from cloud_engine.attention.batch import Attention, AttentionBatch, Kernel, Span, decodes, pack, span
+from cloud_engine.attention.batch import (
+    UNLIMITED,
+    Attention,
+    AttentionBatch,
+    Kernel,
+    Span,
+    decodes,
+    first_block,
+    pack,
+    span,
+)
 from cloud_engine.attention.select import Shape, select
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.scheduler import Work
-from cloud_engine.model.config import ModelConfig
-from cloud_engine.model.llama import Llama, rotary_table
+from cloud_engine.model.config import LayerKind, ModelConfig
+from cloud_engine.model.decoder import Decoder, View
+from cloud_engine.model.rotary import Rotation, rotary_table
 
 MIN_GROUP = 4
 """Decodes fewer than this are cheaper one by one, each reading its blocks in place where they lie together."""
@@ -20,39 +31,45 @@ class Runner:
     `packed` says what `attend` reads of a batch, see `cloud_engine.attention.batch.Kernel`."""
 
     def __init__(
-        self, model: Llama, config: EngineConfig, attend: Attention = paged.attend, *, packed: bool = False
+        self, model: Decoder, config: EngineConfig, attend: Attention = paged.attend, *, packed: bool = False
     ) -> None:
         self.model, self.config, self.attend, self.packed = model, config, attend, packed
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         shape = (2, config.num_blocks, config.block_size, model.config.num_kv_heads, model.config.head_dim)
         self.caches = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(model.config.num_layers)]
-        cos, sin = rotary_table(model.config, config.model_len)
-        self.cos, self.sin = (table.to(self.device, self.dtype) for table in (cos, sin))
+        self.like = self.caches[0].new_empty(0)
+        self.rotations = {kind.rope: self._rotation(kind) for kind in model.config.layers}
 
     def run(self, work: list[Work]) -> Tensor:
         """Logits [n, vocab] of the works that sample, in their order."""
         with torch.inference_mode():
             tokens, positions, rows = _rows(work)
-            at = self._tensor(positions)
-            rotation = self.cos[at], self.sin[at]
-            batch = self._packed(work) if self.packed else self._batch(work)
-            logits: Tensor = self.model(
-                self._tensor(tokens), rotation, self.attend, self.caches, batch, self._tensor(rows)
-            )
-            return logits
+            views = self._views(work, self._tensor(positions))
+            return self.model(self._tensor(tokens), views, self.attend, self.caches, self._tensor(rows))
+
+    def _rotation(self, kind: LayerKind) -> Rotation:
+        cos, sin = rotary_table(kind.rope, self.model.config.head_dim, self.config.model_len)
+        return cos.to(self.like), sin.to(self.like)
+
+    def _views(self, work: list[Work], at: Tensor) -> list[View]:
+        """One for each layer; what layers have in common is made once."""
+        kinds = self.model.config.layers
+        batch = self._packed if self.packed else self._batch
+        rotations = {rope: (cos[at], sin[at]) for rope, (cos, sin) in self.rotations.items()}
+        batches = {window: batch(work, window) for window in {kind.window for kind in kinds}}
+        return [(rotations[kind.rope], batches[kind.window]) for kind in kinds]
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
 
-    def _packed(self, work: list[Work]) -> AttentionBatch:
+    def _packed(self, work: list[Work], window: int | None) -> AttentionBatch:
         size = self.config.block_size
         sequences = [(item.count, item.start + item.count, item.sequence.block_table) for item in work]
-        return AttentionBatch(
-            self._tensor([slot for item in work for slot in _slots(item, size)]),
-            packed=pack(sequences, size, self.device),
-        )
+        slots = self._tensor([slot for item in work for slot in _slots(item, size)])
+        packed = pack(sequences, size, self.device, window=UNLIMITED if window is None else window)
+        return AttentionBatch(slots, window=window, packed=packed)
 
-    def _batch(self, work: list[Work]) -> AttentionBatch:
+    def _batch(self, work: list[Work], window: int | None) -> AttentionBatch:
         """Decodes of similar length (within a factor of two) form groups; what is left alone is a span of its own."""
         size = self.config.block_size
         slots: list[int] = []
@@ -62,16 +79,17 @@ class Runner:
             table, row, end = item.sequence.block_table, len(slots), item.start + item.count
             slots += _slots(item, size)
             if item.count == 1:
-                single.setdefault((-(-end // size) - 1).bit_length(), []).append((row, end, table))
+                seen = -(-end // size) - first_block(end, 1, size, window)
+                single.setdefault((seen - 1).bit_length(), []).append((row, end, table))
             else:
-                spans.append(span(row, item.count, end, table, size, self.device))
+                spans.append(span(row, item.count, end, table, size, self.device, window))
         groups = []
         for alike in single.values():
             if len(alike) >= MIN_GROUP:
-                groups.append(decodes(alike, size, self.cos))
+                groups.append(decodes(alike, size, self.like, window))
             else:
-                spans += [span(row, 1, end, table, size, self.device) for row, end, table in alike]
-        return AttentionBatch(self._tensor(slots), tuple(spans), tuple(groups))
+                spans += [span(row, 1, end, table, size, self.device, window) for row, end, table in alike]
+        return AttentionBatch(self._tensor(slots), tuple(spans), tuple(groups), window)
 
 
 def attention_for(model: ModelConfig, config: EngineConfig) -> Kernel:

@@ -35,24 +35,13 @@ _COUNTERS = ("prefix_hit_tokens", "prefix_query_tokens", "preemptions", "generat
 
 
 class EngineStats(Protocol):
-    """A snapshot of the engine: gauges, and totals since its start."""
+    """A snapshot of the engine. What else of `_GAUGES` and of `_COUNTERS` (totals since its start) it has is a metric
+    too: an engine on another machine may know nothing of blocks."""
 
     @property
     def running(self) -> int: ...
     @property
     def waiting(self) -> int: ...
-    @property
-    def kv_blocks_used(self) -> int: ...
-    @property
-    def kv_blocks_total(self) -> int: ...
-    @property
-    def prefix_hit_tokens(self) -> int: ...
-    @property
-    def prefix_query_tokens(self) -> int: ...
-    @property
-    def preemptions(self) -> int: ...
-    @property
-    def generated_tokens(self) -> int: ...
 
 
 class ServedEngine(Protocol):
@@ -66,6 +55,17 @@ class ServedEngine(Protocol):
 
     def answer(self, request: ChatRequest, *, salt: str = "") -> AsyncGenerator[Delta, None]:
         """`salt`: only requests with the same one share cached prefixes, so that no tenant can time another's."""
+
+
+class Backend(ServedEngine, Protocol):
+    """An engine with a life of its own: what `cloud-engine serve` starts, puts a Gateway in front of, and closes."""
+
+    async def start(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+    def model_card(self) -> ModelCard:
+        """Known once it is started."""
 
 
 class Gateway:
@@ -97,7 +97,8 @@ class Gateway:
         self._idle.set()
         self._listeners = (RequestMetrics(registry), *listeners)
         registry.register(EngineCollector(engine))
-        self.cards = tuple(msgspec.structs.replace(card, id=name) for name in (card.id, *VIRTUAL_MODELS))
+        names = dict.fromkeys((card.id, *VIRTUAL_MODELS))  # another Causeway's model may be called `cloud` itself
+        self.cards = tuple(msgspec.structs.replace(card, id=name) for name in names)
         self._socket = SocketEndpoint(
             answer_for=self._tenants_answer,
             authenticate=self._tenant_of,
@@ -214,10 +215,10 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        for name in _GAUGES:
-            yield GaugeMetricFamily(f"causeway_engine_{name}", _title(name), value=getattr(stats, name))
-        for name in _COUNTERS:
-            yield CounterMetricFamily(f"causeway_engine_{name}", _title(name), value=getattr(stats, name))
+        for names, family in ((_GAUGES, GaugeMetricFamily), (_COUNTERS, CounterMetricFamily)):
+            for name in names:
+                if (value := getattr(stats, name, None)) is not None:
+                    yield family(f"causeway_engine_{name}", _title(name), value=value)
 
 
 def _title(name: str) -> str:

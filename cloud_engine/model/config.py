@@ -1,17 +1,18 @@
-"""Shape of a Llama-family model, read from a Hugging Face `config.json` or from GGUF metadata.
+"""Shape of a model, read from the fields of a Hugging Face `config.json` (GGUF metadata is put under the same names).
 
-What we cannot compute exactly is refused here, by name: better no answer than a wrong one.
+Here is what all families have in common; each family's file reads the rest. What we cannot compute exactly is refused,
+by name: better no answer than a wrong one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import BadRequest
 from shared.gguf import ModelInvalid
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM")
-SUPPORTED_GGUF = ("llama",)
+Raw = Mapping[str, Any]
+"""The fields of a configuration, not yet looked at."""
 
 
 class UnsupportedModel(BadRequest):
@@ -31,23 +32,55 @@ class RopeScaling:
     original_length: int = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions. `factors` are divisors of the frequencies, one each, that a GGUF file carries for a scaling."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+    factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """How a layer sees positions: its rotation, and how many of the last tokens (itself included); None is all."""
+
+    rope: Rope
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """`chosen` of `count` experts compute each token; their weights sum to one if `normalised`. The layers `dense`
+    have a plain MLP instead. The default: there are none."""
+
+    count: int = 0
+    chosen: int = 0
+    intermediate_size: int = 0
+    normalised: bool = True
+    dense: frozenset[int] = frozenset()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     context_length: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None = None
-    rope_factors: tuple[float, ...] = ()
-    """Divisors of the rotary frequencies, one each, that a GGUF file carries instead of `rope_scaling`."""
+    layers: tuple[LayerKind, ...]
     tied: bool = False
     """The output projection is the embedding."""
+    experts: Experts = Experts()
+    query_scale: float = 1.0
+    """Attention scores are q k / sqrt(head_dim) times this."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def kv_values(self) -> int:
@@ -55,87 +88,65 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
-def from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
-    """Raises UnsupportedModel for another architecture or variant, ModelInvalid for a missing or impossible field."""
-    _check_variant(raw)
-    try:
-        heads = int(raw["num_attention_heads"])
-        rope = raw.get("rope_parameters") or {}
-        config = ModelConfig(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=int(raw["hidden_size"]),
-            intermediate_size=int(raw["intermediate_size"]),
-            num_layers=int(raw["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
-            context_length=int(raw["max_position_embeddings"]),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope or raw.get("rope_scaling") or {}),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelInvalid(f"config.json: {type(error).__name__} at {error}", param="model") from error
-    return _possible(config)
-
-
-def from_gguf(
-    metadata: Mapping[str, Any], *, vocab_size: int, tied: bool, rope_factors: tuple[float, ...]
+def read(
+    raw: Raw, *, layers: Sequence[LayerKind], tied: bool = False, experts: Experts | None = None, query_scale: float = 1
 ) -> ModelConfig:
-    """`metadata` holds the file's scalar entries. Raises like `from_hugging_face`."""
-    architecture = metadata.get("general.architecture")
-    if architecture not in SUPPORTED_GGUF:
-        raise UnsupportedModel(
-            f"GGUF architecture {architecture!r}; supported: {', '.join(SUPPORTED_GGUF)}", param="model"
-        )
-    values = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
-    if values.get("expert_count"):
-        raise UnsupportedModel("mixture of experts is not supported; supported: dense llama", param="model")
-    scaling = values.get("rope.scaling.type", "none")
-    try:
-        heads = int(values["attention.head_count"])
-        head_dim = int(values.get("attention.key_length") or int(values["embedding_length"]) // heads)
-        config = ModelConfig(
-            vocab_size=vocab_size,
-            hidden_size=int(values["embedding_length"]),
-            intermediate_size=int(values["feed_forward_length"]),
-            num_layers=int(values["block_count"]),
-            num_heads=heads,
-            num_kv_heads=int(values.get("attention.head_count_kv") or heads),
-            head_dim=head_dim,
-            context_length=int(values["context_length"]),
-            rms_norm_eps=float(values["attention.layer_norm_rms_epsilon"]),
-            rope_theta=float(values.get("rope.freq_base") or 10000.0),
-            rope_scaling=_rope_scaling({"type": scaling, "factor": values.get("rope.scaling.factor", 1.0)}),
-            rope_factors=rope_factors,
-            tied=tied,
-        )
-        rotated = int(values.get("rope.dimension_count") or head_dim)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelInvalid(f"GGUF metadata: {type(error).__name__} at {error}", param="model") from error
-    if rotated != head_dim:
+    """The fields that every family has. Raises ModelInvalid for dimensions that cannot be, KeyError, TypeError or
+    ValueError for a field that is missing or of another type."""
+    heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+    config = ModelConfig(
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=hidden,
+        intermediate_size=int(raw["intermediate_size"]),
+        num_heads=heads,
+        num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+        head_dim=int(raw.get("head_dim") or hidden // heads),
+        context_length=int(raw["max_position_embeddings"]),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        layers=tuple(layers),
+        tied=bool(raw.get("tie_word_embeddings", tied)),
+        experts=experts or Experts(),
+        query_scale=query_scale,
+    )
+    _check_dimensions(config)
+    if experts and not (1 <= experts.chosen <= experts.count and experts.intermediate_size > 0):
+        raise ModelInvalid("the numbers of experts do not fit together", param="model")
+    if int(raw.get("rotary_dim") or config.head_dim) != config.head_dim:
         raise UnsupportedModel("partial rotary embeddings are not supported", param="model")
-    return _possible(config)
+    return config
 
 
-def _check_variant(raw: Mapping[str, Any]) -> None:
-    named = raw.get("architectures") or ["none"]
-    if named[0] not in SUPPORTED:
-        raise UnsupportedModel(f"architecture {named[0]!r}; supported: {', '.join(SUPPORTED)}", param="model")
-    refused = {
-        "attention_bias": bool(raw.get("attention_bias")),
-        "mlp_bias": bool(raw.get("mlp_bias")),
-        "quantization_config": bool(raw.get("quantization_config")),
-        "sliding_window": raw.get("sliding_window") is not None,
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-    }
-    for name, present in refused.items():
-        if present:
-            raise UnsupportedModel(f"config.json sets {name} to {raw[name]!r}, which is not supported", param="model")
+def alike(raw: Raw, window: int | None = None) -> list[LayerKind]:
+    """All layers of one kind."""
+    return [LayerKind(read_rope(raw), window)] * int(raw["num_hidden_layers"])
 
 
-def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
+def read_rope(raw: Raw) -> Rope:
+    """From `rope_parameters`, or `rope_theta` and `rope_scaling` in older files. Raises UnsupportedModel for another
+    scaling than ours."""
+    nested = raw.get("rope_parameters") or {}
+    scaling = _scaling(nested or raw.get("rope_scaling") or {})
+    if float(nested.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UnsupportedModel("partial rotary embeddings are not supported", param="model")
+    theta = float(nested.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    return Rope(theta, scaling, tuple(raw.get("rope_factors", ())))
+
+
+def refuse(raw: Raw, *names: str) -> None:
+    """Raises UnsupportedModel if one of these options is set, or weights are quantized in a way that is not GGUF's."""
+    for name in ("quantization_config", *names):
+        if raw.get(name):
+            raise UnsupportedModel(
+                f"the configuration sets {name} to {raw[name]!r}, which is not supported", param="model"
+            )
+
+
+def require_activation(raw: Raw, name: str, wanted: str) -> None:
+    if raw.get(name, wanted) != wanted:
+        raise UnsupportedModel(f"{name} is {raw[name]!r} in the configuration; supported: {wanted}", param="model")
+
+
+def _scaling(raw: Raw) -> RopeScaling | None:
     kind = raw.get("rope_type") or raw.get("type") or "default"
     if kind in ("default", "none"):
         return None
@@ -150,11 +161,11 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _possible(config: ModelConfig) -> ModelConfig:
+def _check_dimensions(config: ModelConfig) -> None:
     sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers, config.context_length)
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    if min(*sizes, *heads) < 1 or config.num_heads % config.num_kv_heads or config.head_dim % 2:
+    windows = [kind.window for kind in config.layers if kind.window is not None]
+    if min(*sizes, *heads, *windows) < 1 or config.num_heads % config.num_kv_heads or config.head_dim % 2:
         raise ModelInvalid("the model's dimensions do not fit together", param="model")
-    if config.rope_factors and len(config.rope_factors) != config.head_dim // 2:
+    if any(len(kind.rope.factors) not in (0, config.head_dim // 2) for kind in config.layers):
         raise ModelInvalid("rope_freqs does not fit the head dimension", param="model")
-    return config

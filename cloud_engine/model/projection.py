@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class Projection:
-    """`weight` [outputs, inputs], no bias. Call it with [rows, inputs]."""
+    """`weight` [outputs, inputs], perhaps `bias` [outputs]. Call it with [rows, inputs]."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
         self._packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is None or not len(x):
-            return F.linear(x, self.weight)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return out
 
     def pack(self, *, keep: bool = False) -> None:

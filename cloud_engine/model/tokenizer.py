@@ -18,7 +18,7 @@ from shared.errors import BadRequest
 from shared.gguf import ModelInvalid
 from shared.schemas import Message
 
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>")
 """Tokens that end an answer in the model families we know, whether or not the checkpoint lists them all."""
 
 

@@ -5,8 +5,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from edge_agent.settings import read_secret
-from shared.config import InvalidSettings
+from shared.config import InvalidSettings, read_secret
 
 TOKEN_FILE = "admin.token"  # noqa: S105  a name, no secret
 

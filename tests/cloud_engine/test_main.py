@@ -1,14 +1,23 @@
+import asyncio
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fakes import EchoAnswer
+from prometheus_client import CollectorRegistry
+from serving import served
 
 from cloud_engine.__main__ import repeated
+from shared.errors import Unauthorized
+from shared.guard import Guard
+from shared.http import create_app
 from shared.keys import Keys
+from shared.schemas import Answer, ModelCard
 
 COMMAND = [sys.executable, "-m", "cloud_engine"]
 
@@ -78,6 +87,9 @@ def test_keys_have_a_default_place(tmp_path: Path) -> None:
         ),
         (["bench", "--model", "m", "--n", "0", "8"], "--n"),
         (["keys", "new", "--tenant", "a b", "--keys", "k"], "tenant"),
+        (["serve", "--model", "m", "--backend", "openai"], "upstream"),
+        (["serve", "--model", "m", "--upstream", "http://localhost:1", "--port", "0"], "cannot be reached"),
+        (["serve", "--model", "m", "--upstream", "http://localhost:1", "--upstream-key-file", "none"], "none"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], text: str) -> None:
@@ -128,3 +140,54 @@ def test_serve_says_where_it_listens_answers_and_ends(model_path: Path, tmp_path
     assert rest == ""
     assert "Hi" not in log
     assert token.rsplit("_", 1)[1] not in log
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "transformers", "safetensors", "gguf", "numpy")))
+from cloud_engine.__main__ import main
+main()
+"""
+
+
+async def test_an_upstream_is_served_without_torch(tmp_path: Path) -> None:
+    """With --upstream the process runs where torch is not installed; the key comes from the file and is never shown."""
+
+    def answer_for(headers: Any) -> Answer:
+        if headers.get("authorization") != "Bearer sk-canary":
+            raise Unauthorized("no key")
+        return EchoAnswer("cloud")
+
+    app = create_app(answer_for=answer_for, models=lambda: [ModelCard(id="m", context_length=99)],
+                     health=lambda: {"status": "ok"}, registry=CollectorRegistry(), source="cloud",
+                     guard=Guard())  # fmt: skip
+    key = tmp_path / "upstream.key"
+    key.write_text("sk-canary\n")
+    key.chmod(0o600)
+    async with served(app) as port:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WITHOUT_TORCH, "serve", "--model", "m", "--port", "0", "--upstream",
+            f"http://127.0.0.1:{port}", "--upstream-key-file", str(key),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            async with asyncio.timeout(30):
+                line = (await process.stdout.readline()).decode()
+            assert line.startswith("listening on http://127.0.0.1:")
+            async with httpx.AsyncClient(base_url=line.split()[-1], timeout=20) as http:
+                body = {"model": "cloud", "messages": [{"role": "user", "content": "quiet words"}]}
+                reply = await http.post("/v1/chat/completions", json=body)
+                models = (await http.get("/v1/models")).json()["data"]
+            process.terminate()
+            async with asyncio.timeout(30):
+                _, log = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    assert process.returncode == 0
+    assert reply.json()["choices"][0]["message"]["content"] == "quiet words "
+    assert models[0]["context_length"] == 99
+    assert b"quiet" not in log
+    assert b"sk-canary" not in log

@@ -64,9 +64,44 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         ({"log_level": "loud"}, "log_level"),
         ({"tls_cert": Path("c.pem")}, "tls"),
         ({"zap": 1}, "zap"),
+        ({"backend": "vllm"}, "backend"),
+        ({"backend": "openai"}, "upstream"),
+        ({"upstream_key_file": Path("k")}, "upstream_key_file"),
+        ({"backend": "native", "upstream": "http://localhost:1"}, "native"),
+        ({"upstream": "localhost:8000"}, "upstream"),
+        ({"upstream": "ftp://h"}, "upstream"),
+        ({"upstream": "http://user:pw@localhost"}, "upstream"),
+        ({"upstream": "http://@localhost"}, "upstream"),
+        ({"upstream": "http://localhost?key=k"}, "upstream"),
+        ({"upstream": "http://localhost:99999"}, "upstream"),
+        ({"upstream": "http://localhost:0"}, "upstream"),
+        ({"upstream": "http://[::1"}, "upstream"),
+        ({"upstream": "http://10.0.0.1:8000"}, "upstream_plaintext"),
+        ({"upstream": "http://localhost", "idle_timeout": float("inf")}, "idle_timeout"),
+        ({"upstream": "http://localhost", "connect_timeout": 0}, "connect_timeout"),
     ],
 )
 def test_bad_settings_are_named(flags: dict[str, object], field: str) -> None:
     """The process does not start, and says which setting is why."""
     with pytest.raises(InvalidSettings, match=field):
         load(CloudSettings, None, {}, {"model": "m", **flags})
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000/v1"),
+        ("http://localhost:8000/v1/", "http://localhost:8000/v1"),
+        ("https://api.example/openai/v1", "https://api.example/openai/v1"),
+        ("http://[::1]:8000/", "http://[::1]:8000/v1"),
+    ],
+)
+def test_an_upstreams_address_has_a_path(given: str, base: str) -> None:
+    """Without one it is /v1, where every known server has it."""
+    assert load(CloudSettings, None, {}, {"model": "m", "upstream": given}).upstream == base
+
+
+def test_plain_http_to_another_machine_can_be_permitted() -> None:
+    """By name: the key and every prompt then cross the network in the clear."""
+    flags = {"model": "m", "upstream": "http://10.0.0.1:8000", "upstream_plaintext": True}
+    assert load(CloudSettings, None, {}, flags).upstream == "http://10.0.0.1:8000/v1"

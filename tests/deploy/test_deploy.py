@@ -61,6 +61,19 @@ def test_cloud_settings_load() -> None:
     assert settings.engine_config().prefix_caching
 
 
+def test_commented_out_cloud_settings_exist_too(tmp_path: Path) -> None:
+    """Every setting the example shows is a real one, the commented ones included."""
+    text = (DEPLOY / "cloud.toml").read_text()
+    shown = [line.removeprefix("# ") if " = " in line else line for line in text.splitlines()]
+    (tmp_path / "cloud.toml").write_text("\n".join(shown))
+
+    settings = load(CloudSettings, tmp_path / "cloud.toml", {}, {})
+
+    assert settings.backend == "openai"
+    assert settings.upstream == "http://127.0.0.1:8000/v1"
+    assert settings.tls is not None
+
+
 @pytest.mark.parametrize(
     ("unit", "app"),
     [("edge-agent.service", edge_agent.__main__.app), ("cloud-engine.service", cloud_engine.__main__.app)],

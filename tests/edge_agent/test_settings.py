@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.settings import EdgeSettings, check, read_secret
+from edge_agent.settings import EdgeSettings, check
 from shared.config import InvalidSettings, load
 
 
@@ -149,38 +149,3 @@ def test_a_cloud_beyond_loopback_needs_its_key() -> None:
         check(settings(cloud="wss://cloud.example"))
 
     assert error.value.param == "key_file"
-
-
-def secret_file(folder: Path, content: bytes, mode: int = 0o600) -> Path:
-    path = folder / "edge.key"
-    path.write_bytes(content)
-    path.chmod(mode)
-    return path
-
-
-@pytest.mark.parametrize("content", [b"cw_1_abc", b"cw_1_abc\n", b"  cw_1_abc \r\n"])
-def test_secret_is_the_files_one_line(tmp_path: Path, content: bytes) -> None:
-    """Surrounding white space is no part of it."""
-    assert read_secret(secret_file(tmp_path, content), "key_file") == "cw_1_abc"
-
-
-@pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"two\nlines", b"\xff\xfe", b"a\x00b", b"x" * 5000])
-def test_what_is_no_secret_is_refused_unquoted(tmp_path: Path, content: bytes) -> None:
-    """The error names setting and file, and quotes nothing of the content."""
-    with pytest.raises(InvalidSettings) as error:
-        read_secret(secret_file(tmp_path, content), "key_file")
-
-    assert error.value.param == "key_file"
-    assert "two" not in str(error.value)
-
-
-def test_a_secret_that_everybody_can_read_is_refused(tmp_path: Path) -> None:
-    """And the error says what to do."""
-    with pytest.raises(InvalidSettings, match="chmod 600"):
-        read_secret(secret_file(tmp_path, b"cw", 0o644), "key_file")
-
-
-def test_a_missing_secret_is_named(tmp_path: Path) -> None:
-    """File and reason."""
-    with pytest.raises(InvalidSettings, match=r"gone.*No such file"):
-        read_secret(tmp_path / "gone", "key_file")

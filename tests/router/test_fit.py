@@ -5,8 +5,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-pytest.importorskip("sklearn")
-
 from router.difficulty import Difficulty, Encoder
 from router.fit import BITS, VECTOR, Encoded, calibrate, fit_heads
 from router.outcomes import EXPERTS, Rows, apgr, groups

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from cloud_engine.attention import paged, reference
-from cloud_engine.attention.batch import AttentionBatch, decodes, span
+from cloud_engine.attention.batch import AttentionBatch, decodes, first_block, span
 
 BLOCK, HEADS, KV_HEADS, DIM, BLOCKS = 4, 6, 2, 8, 40
 CPU = torch.device("cpu")
@@ -12,7 +12,8 @@ CPU = torch.device("cpu")
 class Case:
     """Sequences given as (count of new tokens, context, block table); their past is in the cache, other slots NaN."""
 
-    def __init__(self, sequences, *, padded=False, poison=float("nan")) -> None:
+    def __init__(self, sequences, *, padded=False, poison=float("nan"), window=None) -> None:
+        self.sequences, self.window, self.past = sequences, window, []
         generator = torch.Generator().manual_seed(1)
         total = sum(count for count, _, _ in sequences)
         self.q = torch.randn(total, HEADS, DIM, generator=generator)
@@ -23,21 +24,34 @@ class Case:
         slots, spans, single = [], [], []
         for count, context, table in sequences:
             row = len(slots)
-            for position in range(context - count):
-                past = torch.randn(2, KV_HEADS, DIM, generator=generator)
-                block, offset = table[position // BLOCK], position % BLOCK
-                self.cache[:, block, offset] = past
+            self.past.append(torch.randn(context - count, 2, KV_HEADS, DIM, generator=generator))
+            out_of_sight = first_block(context, count, BLOCK, window)
+            for position, past in enumerate(self.past[-1]):
+                if position // BLOCK >= out_of_sight:
+                    self.cache[:, table[position // BLOCK], position % BLOCK] = past
             slots += [table[at // BLOCK] * BLOCK + at % BLOCK for at in range(context - count, context)]
             if padded and count == 1:
                 single.append((row, context, table))
             else:
-                spans.append(span(row, count, context, table, BLOCK, CPU))
-        grouped = (decodes(single, BLOCK, self.q),) if single else ()
-        self.batch = AttentionBatch(torch.tensor(slots), tuple(spans), grouped)
+                spans.append(span(row, count, context, table, BLOCK, CPU, window))
+        grouped = (decodes(single, BLOCK, self.q, window),) if single else ()
+        self.batch = AttentionBatch(torch.tensor(slots), tuple(spans), grouped, window)
 
     def run(self, attend):
         cache = self.cache.clone()
         return attend(self.q, self.k, self.v, cache, self.batch), cache
+
+    def dense(self):
+        """By the definition, from the keys and values themselves: no cache, no table, no batch."""
+        out, row = [], 0
+        for (count, context, _), past in zip(self.sequences, self.past, strict=True):
+            rows = slice(row, row := row + count)
+            keys, values = (torch.cat((past[:, at], new[rows])) for at, new in enumerate((self.k, self.v)))
+            at, key = torch.arange(context - count, context)[:, None], torch.arange(context)
+            mask = (key <= at) & (key > at - (self.window or context))
+            q, k, v = (x.transpose(0, 1)[None] for x in (self.q[rows], keys, values))
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(out)
 
 
 CASES = {
@@ -102,3 +116,22 @@ def test_a_slot_outside_the_cache_is_an_error():
         batch = AttentionBatch(torch.tensor([slot]), case.batch.spans)
         with pytest.raises((IndexError, RuntimeError)):
             paged.attend(case.q, case.k, case.v, case.cache, batch)
+
+
+WINDOWED = CASES | {
+    "long decode": [(1, 31, [3, 9, 1, 2, 30, 4, 6, 5])],
+    "window begins a block": [(1, 11, [3, 9, 1]), (1, 12, [4, 5, 6])],
+    "long chunk": [(9, 31, [3, 9, 1, 2, 30, 4, 6, 5])],
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 4, 7, 64])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_hides_what_lies_before_it(name, window, padded):
+    """Both kernels see the last `window` tokens and no others: they equal dense attention under that mask, computed
+    from each sequence's keys and values in order, though blocks out of sight hold NaN."""
+    case = Case(WINDOWED[name], padded=padded, window=window)
+    for attend in (reference.attend, paged.attend):
+        actual, _ = case.run(attend)
+        torch.testing.assert_close(actual, case.dense(), atol=1e-5, rtol=1e-5)

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import tiny_llama
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloud_engine.attention import reference
-from cloud_engine.attention.batch import UNLIMITED, AttentionBatch, decodes, pack, span
+from cloud_engine.attention.batch import UNLIMITED, Attention, AttentionBatch, decodes, pack, span
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
 from cloud_engine.engine.runner import Runner
@@ -292,6 +293,42 @@ def test_the_engine_runs_on_it(tiny_model):
     assert {name: sequence.output for name, sequence in made.items()} == {
         name: tiny_llama.naive_greedy(prompt, 5) for name, prompt in prompts.items()
     }
+
+
+def test_sliding_windows_of_a_model_reach_the_kernel(tmp_path, monkeypatch):
+    """Layers with and without a window in one model: the same logits as on the fast CPU path, chunk by chunk."""
+    model = load_model(tiny_models.save(tmp_path, "gemma3, window"), device=DEVICE.type)
+    config = EngineConfig(
+        model_len=64, num_blocks=33, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, device=DEVICE.type
+    )
+    kernel = triton_unified.TritonAttention(SPLIT)
+
+    def logits(runner):
+        rows, run = [], runner.run
+        monkeypatch.setattr(runner, "run", lambda work: rows.append(run(work)) or rows[-1])
+        engine = Engine(runner)
+        for start in (3, 4):
+            engine.add(
+                str(start), list(range(start, start + 20)), Sampling(max_tokens=3, temperature=0, ignore_eos=True)
+            )
+        while engine.has_work:
+            engine.step()
+        return torch.cat(rows)
+
+    wanted = logits(Runner(model, config))
+    torch.testing.assert_close(logits(Runner(model, config, kernel, packed=True)), wanted, rtol=1e-4, atol=1e-4)
+    forgetful = logits(Runner(model, config, _without_window(kernel), packed=True))
+    assert not torch.allclose(forgetful, wanted, rtol=1e-3, atol=1e-3)
+
+
+def _without_window(attend: Attention) -> Attention:
+    """A kernel that forgets the window: the comparison must notice."""
+
+    def forgetful(q, k, v, cache, batch):
+        packed = dataclasses.replace(batch.packed, window=UNLIMITED)
+        return attend(q, k, v, cache, dataclasses.replace(batch, packed=packed))
+
+    return forgetful
 
 
 COMPILE = """

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
 from cloud_engine.engine.runner import Runner
-from cloud_engine.model.llama import Llama
+from cloud_engine.model.decoder import Decoder
 from cloud_engine.model.tokenizer import Tokenizer
 from cloud_engine.model.weights import load_model
 from shared.schemas import Message, Sampling
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1200)]
 
 TOKENS = 16
 GREEDY = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True)
@@ -40,7 +40,7 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(model_path: Path) -> Llama:
+def model(model_path: Path) -> Decoder:
     return load_model(model_path).pack()
 
 
@@ -71,7 +71,7 @@ def wanted(model_path: Path, prompts: list[list[int]]) -> list[list[int]]:
     return made
 
 
-def engine(model: Llama, **changes: object) -> Engine:
+def engine(model: Decoder, **changes: object) -> Engine:
     values = {"model_len": 256, "num_blocks": 1000, "max_num_seqs": 64, "max_num_batched_tokens": 256}
     return Engine(Runner(model, EngineConfig(**(values | changes))))
 

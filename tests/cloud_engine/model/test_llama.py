@@ -1,11 +1,7 @@
 import pytest
 import tiny_llama
 import torch
-
-from cloud_engine.attention import paged
-from cloud_engine.attention.batch import AttentionBatch, span
-from cloud_engine.model.llama import rotary_table
-from cloud_engine.model.weights import load_model
+from tiny_models import logits_of
 
 LENGTH = 40
 VARIANTS = {
@@ -26,20 +22,6 @@ VARIANTS = {
         }
     },
 }
-
-
-@torch.inference_mode()
-def logits_of(folder, tokens: list[int]) -> torch.Tensor:
-    """Logits of every position of one prompt, through the paged cache."""
-    model = load_model(folder)
-    config, size = model.config, 8
-    blocks = -(-len(tokens) // size)
-    caches = [torch.zeros(2, blocks + 1, size, config.num_kv_heads, config.head_dim) for _ in range(config.num_layers)]
-    rows = torch.arange(len(tokens))
-    table = list(range(1, blocks + 1))
-    batch = AttentionBatch(rows + size, (span(0, len(tokens), len(tokens), table, size, torch.device("cpu")),))
-    cos, sin = rotary_table(config, len(tokens))
-    return model(torch.tensor(tokens), (cos, sin), paged.attend, caches, batch, rows)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

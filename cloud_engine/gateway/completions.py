@@ -1,0 +1,230 @@
+"""OpenAI's `chat/completions` and `completions` from a client's side: a ChatRequest as a body, chunks as Deltas.
+
+No I/O. Fields that OpenAI does not define (`top_k`, `min_p`, `repetition_penalty`, `ignore_eos`) are sent only where a
+request sets them, since not every server knows them; so is `top_p`, because TGI refuses 1.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from cloud_engine.gateway.refusals import broken_off
+from shared.errors import BadRequest, UpstreamFailed
+from shared.openai import COMPLETION_MAX_TOKENS
+from shared.replies import NO_LOGPROB
+from shared.schemas import ChatRequest, Delta, FinishReason, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.stops import StopScanner
+
+DONE = b"[DONE]"
+PROMPT_CHARS_PER_TOKEN = 4
+"""For a server that says no usage."""
+
+_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "eos_token": "stop",  # TGI
+    "stop_sequence": "stop",  # TGI
+    "length": "length",
+}
+
+_Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+_Byte = Annotated[int, Meta(ge=0, le=255)]
+
+
+def path_of(request: ChatRequest) -> str:
+    return "chat/completions" if request.prompt is None else "completions"
+
+
+def fields_of(request: ChatRequest, model: str, context_length: int) -> dict[str, Any]:
+    """The body's fields. `model` is the upstream's own name for it, `context_length` its tokens in all."""
+    sampling = request.sampling
+    fields: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": sampling.temperature,
+        **_set(sampling),
+    }
+    if request.prompt is None:
+        messages = [{"role": one.role, "content": one.content, "name": one.name} for one in request.messages]
+        fields["messages"] = [{key: value for key, value in one.items() if value is not None} for one in messages]
+        if sampling.logprobs is not None:
+            fields["logprobs"] = True
+            fields.update({"top_logprobs": sampling.logprobs} if sampling.logprobs else {})
+        return fields
+    fields["prompt"] = request.prompt
+    # Left out it would be 16 there, but the rest of the context here. A prompt has no more tokens than bytes.
+    rest = context_length - len(request.prompt.encode())
+    fields.setdefault("max_tokens", max(COMPLETION_MAX_TOKENS, rest))
+    if sampling.logprobs is not None:
+        fields["logprobs"] = sampling.logprobs
+    return fields
+
+
+def _set(sampling: Sampling) -> dict[str, Any]:
+    """What differs from the default; each default is also what a server does without the field."""
+    names = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
+    neutral = Sampling()
+    values = {name: getattr(sampling, name) for name in (*names, "max_tokens", "stop", "ignore_eos")}
+    return {name: value for name, value in values.items() if value != getattr(neutral, name)}
+
+
+class _Top(Struct):
+    token: str
+    logprob: float | None = None
+    bytes: list[_Byte] | None = None
+
+
+class _Token(_Top):
+    top_logprobs: list[_Top] | None = None
+
+
+class _Logprobs(Struct):
+    """`content` is the form of chat; the parallel lists are that of completions."""
+
+    content: list[_Token] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float | None] | None] | None = None
+
+
+class _Message(Struct):
+    content: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(Struct):
+    delta: _Message | None = None
+    text: str | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class _PromptDetails(Struct):
+    cached_tokens: _Count | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens: _Count
+    completion_tokens: _Count = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Chunk(Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+    object: str | None = None
+
+
+class ChunkReader:
+    """The chunks of one streamed answer as Deltas: `read` each event until `done`, then take `last`.
+
+    Stop strings are looked for here too: some servers know only four of them, or leave the one they met in the text.
+    A model's reasoning, where a server sends it apart, counts as tokens and is not passed on.
+    """
+
+    def __init__(self, request: ChatRequest, fields: dict[str, Any]) -> None:
+        self.done = False
+        self.tokens = 0
+        self._fields = fields
+        self._top = request.sampling.logprobs or 0
+        self._lacks_logprobs = request.sampling.logprobs is not None
+        self._scanner = StopScanner(request.sampling.stop)
+        self._finish: FinishReason | None = None
+        self._usage: Usage | None = None
+        chars = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
+        self._prompt_estimate = max(1, chars // PROMPT_CHARS_PER_TOKEN)
+
+    def read(self, event: bytes) -> Delta | None:
+        """What this event adds to the answer. Raises the error it tells of, or UpstreamFailed where it is none."""
+        if event.strip() == DONE:
+            self.done = True
+            return None
+        try:
+            chunk = msgspec.json.decode(event, type=_Chunk)
+        except (ValueError, RecursionError) as error:
+            raise UpstreamFailed("an event of the upstream is no chunk of an answer", source="cloud") from error
+        if chunk.error is not None or chunk.object == "error":
+            raise broken_off(msgspec.json.decode(event), self._fields)
+        if chunk.usage is not None:
+            self._usage = _usage(chunk.usage)
+        return self._piece(chunk.choices[0]) if chunk.choices else None
+
+    def last(self) -> Delta:
+        """The end of the answer. Raises UpstreamFailed if it has none."""
+        if self._finish is None:
+            raise UpstreamFailed("the upstream ended in the middle of its answer", source="cloud")
+        counted = Usage(prompt_tokens=self._prompt_estimate, completion_tokens=self.tokens)
+        return Delta(text=self._scanner.flush(), finish_reason=self._finish, usage=self._usage or counted)
+
+    def _piece(self, choice: _Choice) -> Delta | None:
+        message = choice.delta or _Message()
+        text = choice.text or message.content or message.refusal or ""
+        thought = bool(message.reasoning_content or message.reasoning)
+        logprobs = _tokens(choice.logprobs, self._top) if choice.logprobs else ()
+        self._lacks_logprobs = self._lacks_logprobs and not logprobs
+        if self._lacks_logprobs and text:  # some servers pass over what they do not know
+            raise BadRequest("the upstream gives no logprobs", param="logprobs", source="cloud")
+        tokens = len(logprobs) or int(bool(text) or thought)
+        self.tokens += tokens
+        if choice.finish_reason is not None:
+            self._finish = _reason(choice.finish_reason)
+        shown = self._scanner.push(text) if text else ""
+        if self._scanner.hit is not None:
+            self._finish, self.done = "stop", True
+        if not (tokens or shown):
+            return None
+        return Delta(text=shown, tokens=tokens, logprobs=logprobs)
+
+
+def _reason(name: str) -> FinishReason:
+    """Raises UpstreamFailed for an end that is none of the answer's own: aborted there, filtered, a tool's call."""
+    if name not in _REASONS:
+        raise UpstreamFailed("the upstream ended the answer for a reason of its own", source="cloud")
+    return _REASONS[name]
+
+
+def _usage(said: _Usage) -> Usage:
+    cached = said.prompt_tokens_details.cached_tokens if said.prompt_tokens_details else None
+    return Usage(prompt_tokens=said.prompt_tokens, completion_tokens=said.completion_tokens, cached_tokens=cached or 0)
+
+
+def _tokens(said: _Logprobs, top: int) -> tuple[TokenLogprob, ...]:
+    if said.content is not None:
+        return tuple(
+            TokenLogprob(
+                one.token,
+                _logprob(one.logprob),
+                _bytes(one),
+                tuple(_top(other) for other in (one.top_logprobs or ())[:top]),
+            )
+            for one in said.content
+        )
+    tokens, count = said.tokens or [], len(said.tokens or ())
+    values, tops = said.token_logprobs or [None] * count, said.top_logprobs or [None] * count
+    if len(values) != count or len(tops) != count:
+        raise UpstreamFailed("the upstream's logprobs do not fit its tokens", source="cloud")
+    return tuple(
+        TokenLogprob(token, _logprob(value), tuple(token.encode()), _listed(others, top))
+        for token, value, others in zip(tokens, values, tops, strict=True)
+    )
+
+
+def _listed(others: dict[str, float | None] | None, top: int) -> tuple[TopLogprob, ...]:
+    likeliest = sorted((others or {}).items(), key=lambda item: _logprob(item[1]), reverse=True)[:top]
+    return tuple(TopLogprob(token, _logprob(value), tuple(token.encode())) for token, value in likeliest)
+
+
+def _top(one: _Top) -> TopLogprob:
+    return TopLogprob(one.token, _logprob(one.logprob), _bytes(one))
+
+
+def _bytes(one: _Top) -> tuple[int, ...]:
+    return tuple(one.token.encode() if one.bytes is None else one.bytes)
+
+
+def _logprob(value: float | None) -> float:
+    return NO_LOGPROB if value is None else value

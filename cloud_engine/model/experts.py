@@ -1,0 +1,58 @@
+"""Mixture of experts: a router picks a few feed-forward parts for each token and weighs what they give.
+
+The step's rows are sorted by expert, so that each expert with any tokens computes all of them at once.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cloud_engine.model.config import Experts
+from cloud_engine.model.layers import Destinations, Empty, GatedMlp, prefixed
+from cloud_engine.model.projection import Projection
+
+
+class MixtureOfExperts:
+    def __init__(
+        self,
+        shape: Experts,
+        hidden: int,
+        empty: Empty,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
+        """`names` are those of an expert's gate, up and down in checkpoints."""
+        self.shape = shape
+        self.router = Projection(empty(shape.count, hidden))
+        self.experts = [GatedMlp(hidden, shape.intermediate_size, empty, names=names) for _ in range(shape.count)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        order = chosen.flatten().argsort(stable=True)
+        rows = order // self.shape.chosen
+        counts = chosen.flatten().bincount(minlength=self.shape.count).tolist()
+        parts = [
+            expert(part)
+            for expert, part in zip(self.experts, x[rows].split_with_sizes(counts), strict=True)
+            if len(part)
+        ]
+        weighed = torch.cat(parts) * weights.flatten()[order, None] if parts else x[rows]
+        return torch.zeros_like(x).index_add_(0, rows, weighed)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices of each row's experts, both [T, chosen]: the largest of the softmax over all experts."""
+        weights, chosen = self.router(x).float().softmax(-1).topk(self.shape.chosen)
+        if self.shape.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype), chosen
+
+    def destinations(self) -> Destinations:
+        places = {"gate.weight": self.router.weight}
+        for index, expert in enumerate(self.experts):
+            places |= prefixed(f"experts.{index}", expert.destinations())
+        return places
+
+    def projections(self) -> Iterator[Projection]:
+        yield self.router
+        for expert in self.experts:
+            yield from expert.projections()
