@@ -96,10 +96,10 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return []
-        logits = self.runner.run(work)
+        logits = self.runner.run([item.chunk() for item in work])
         sequences = [item.sequence for item in work if item.samples]
         sampled = sample(logits, sequences)
-        self.scheduler.settle(work, [item.token for item in sampled])
+        self.scheduler.settle(work, [[item.token] for item in sampled])
         self._steps += 1
         self._generated += len(sampled)
         return [Output(seq, item, seq.ending) for seq, item in zip(sequences, sampled, strict=True)]

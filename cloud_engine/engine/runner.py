@@ -16,8 +16,8 @@ from cloud_engine.attention.batch import (
     span,
 )
 from cloud_engine.attention.select import Shape, select
+from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
-from cloud_engine.engine.scheduler import Work
 from cloud_engine.model.config import LayerKind, ModelConfig
 from cloud_engine.model.decoder import Decoder, View
 from cloud_engine.model.rotary import Rotation, rotary_table
@@ -40,49 +40,49 @@ class Runner:
         self.like = self.caches[0].new_empty(0)
         self.rotations = {kind.rope: self._rotation(kind) for kind in model.config.layers}
 
-    def run(self, work: list[Work]) -> Tensor:
-        """Logits [n, vocab] of the works that sample, in their order."""
+    def run(self, chunks: list[Chunk]) -> Tensor:
+        """Logits [n, vocab] of all rows that are wanted, in order."""
         with torch.inference_mode():
-            tokens, positions, rows = _rows(work)
-            views = self._views(work, self._tensor(positions))
+            tokens, positions, rows = _rows(chunks)
+            views = self._views(chunks, self._tensor(positions))
             return self.model(self._tensor(tokens), views, self.attend, self.caches, self._tensor(rows))
 
     def _rotation(self, kind: LayerKind) -> Rotation:
         cos, sin = rotary_table(kind.rope, self.model.config.head_dim, self.config.model_len)
         return cos.to(self.like), sin.to(self.like)
 
-    def _views(self, work: list[Work], at: Tensor) -> list[View]:
+    def _views(self, chunks: list[Chunk], at: Tensor) -> list[View]:
         """One for each layer; what layers have in common is made once."""
         kinds = self.model.config.layers
         batch = self._packed if self.packed else self._batch
         rotations = {rope: (cos[at], sin[at]) for rope, (cos, sin) in self.rotations.items()}
-        batches = {window: batch(work, window) for window in {kind.window for kind in kinds}}
+        batches = {window: batch(chunks, window) for window in {kind.window for kind in kinds}}
         return [(rotations[kind.rope], batches[kind.window]) for kind in kinds]
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
 
-    def _packed(self, work: list[Work], window: int | None) -> AttentionBatch:
+    def _packed(self, chunks: list[Chunk], window: int | None) -> AttentionBatch:
         size = self.config.block_size
-        sequences = [(item.count, item.start + item.count, item.sequence.block_table) for item in work]
-        slots = self._tensor([slot for item in work for slot in _slots(item, size)])
+        sequences = [(chunk.count, chunk.end, chunk.table) for chunk in chunks]
+        slots = self._tensor([slot for chunk in chunks for slot in _slots(chunk, size)])
         packed = pack(sequences, size, self.device, window=UNLIMITED if window is None else window)
         return AttentionBatch(slots, window=window, packed=packed)
 
-    def _batch(self, work: list[Work], window: int | None) -> AttentionBatch:
+    def _batch(self, chunks: list[Chunk], window: int | None) -> AttentionBatch:
         """Decodes of similar length (within a factor of two) form groups; what is left alone is a span of its own."""
         size = self.config.block_size
         slots: list[int] = []
         spans: list[Span] = []
         single: dict[int, list[tuple[int, int, list[int]]]] = {}
-        for item in work:
-            table, row, end = item.sequence.block_table, len(slots), item.start + item.count
-            slots += _slots(item, size)
-            if item.count == 1:
+        for chunk in chunks:
+            table, row, end = chunk.table, len(slots), chunk.end
+            slots += _slots(chunk, size)
+            if chunk.count == 1:
                 seen = -(-end // size) - first_block(end, 1, size, window)
                 single.setdefault((seen - 1).bit_length(), []).append((row, end, table))
             else:
-                spans.append(span(row, item.count, end, table, size, self.device, window))
+                spans.append(span(row, chunk.count, end, table, size, self.device, window))
         groups = []
         for alike in single.values():
             if len(alike) >= MIN_GROUP:
@@ -98,20 +98,18 @@ def attention_for(model: ModelConfig, config: EngineConfig) -> Kernel:
     return select(Shape(model.num_heads, model.num_kv_heads, model.head_dim, config.block_size, dtype, device))
 
 
-def _slots(item: Work, size: int) -> list[int]:
-    table = item.sequence.block_table
-    return [table[at // size] * size + at % size for at in range(item.start, item.start + item.count)]
+def _slots(chunk: Chunk, size: int) -> list[int]:
+    table = chunk.table
+    return [table[at // size] * size + at % size for at in range(chunk.start, chunk.end)]
 
 
-def _rows(work: list[Work]) -> tuple[list[int], list[int], list[int]]:
+def _rows(chunks: list[Chunk]) -> tuple[list[int], list[int], list[int]]:
     """Tokens and positions of the step, and the rows whose logits are wanted."""
     tokens: list[int] = []
     positions: list[int] = []
     sampled: list[int] = []
-    for item in work:
-        end = item.start + item.count
-        tokens += item.sequence.tokens[item.start : end]
-        positions += range(item.start, end)
-        if item.samples:
-            sampled.append(len(tokens) - 1)
+    for chunk in chunks:
+        tokens += chunk.tokens
+        positions += range(chunk.start, chunk.end)
+        sampled += range(len(tokens) - chunk.sampled, len(tokens))
     return tokens, positions, sampled

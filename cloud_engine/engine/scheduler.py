@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cloud_engine.engine.blocks import BlockPool
+from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.sequence import Ending, Sequence, State
 from shared.errors import ContextTooLong, Overloaded, RequestConflict
@@ -24,6 +25,11 @@ class Work:
     start: int
     count: int
     samples: bool
+
+    def chunk(self) -> Chunk:
+        """What the device needs to know of it."""
+        tokens = self.sequence.tokens[self.start : self.start + self.count]
+        return Chunk(tokens, self.start, self.sequence.block_table, int(self.samples))
 
 
 @dataclass(slots=True)
@@ -91,15 +97,16 @@ class Scheduler:
             budget -= count
         return work
 
-    def settle(self, work: Iterable[Work], tokens: Iterable[int]) -> None:
-        """Append the step's sampled tokens, one for each work that samples, and retire what they finish. A negative
-        token says that the model gave no usable logits; one for a sequence that ended meanwhile is dropped."""
-        for item, token in zip((item for item in work if item.samples), tokens, strict=True):
-            if item.sequence.state is State.FINISHED:
-                continue
-            ending = item.sequence.append(token) if token >= 0 else "error"
-            if ending is not None:
-                self.finish(item.sequence, ending)
+    def settle(self, work: Iterable[Work], tokens: Iterable[list[int]]) -> None:
+        """Append the step's sampled tokens, a list for each work that samples, and retire what they finish. A negative
+        token says that the model gave no usable logits; those of a sequence that ended are dropped."""
+        for item, sampled in zip((item for item in work if item.samples), tokens, strict=True):
+            for token in sampled:
+                if item.sequence.state is State.FINISHED:
+                    break
+                ending = item.sequence.append(token) if token >= 0 else "error"
+                if ending is not None:
+                    self.finish(item.sequence, ending)
 
     def abort(self, sequence_id: str) -> bool:
         """End a sequence in whatever state it is; False if there is none of this id any more."""

@@ -130,7 +130,7 @@ def step(scheduler: Scheduler, model: FakeModel, rng: random.Random) -> list[Wor
     assert len({item.sequence for item in work}) == len(work)
     check_pool(scheduler)
     tokens = model.run(work, rng, vocabulary=EOS + 1)
-    scheduler.settle(work, tokens)
+    scheduler.settle(work, [[token] for token in tokens])
     check_pool(scheduler)
     assert all(seq.output[: len(before)] == before for seq, before in outputs.items()), "an output token was lost"
     return work
@@ -154,7 +154,7 @@ def test_random_traffic_really_shares_preempts_and_chunks():
 def run_step(scheduler: Scheduler, token: int = 1) -> dict[str, int]:
     """One step in which every sampled token is `token`: how many tokens each sequence computed."""
     work = scheduler.schedule()
-    scheduler.settle(work, [token for item in work if item.samples])
+    scheduler.settle(work, [[token] for item in work if item.samples])
     return {item.sequence.id: item.count for item in work}
 
 
@@ -303,7 +303,7 @@ def test_a_sequence_aborted_after_launch_takes_no_token():
     scheduler.add(sequence("a", [1, 2], max_tokens=5))
     work = scheduler.schedule()
     scheduler.abort("a")
-    scheduler.settle(work, [3])
+    scheduler.settle(work, [[3]])
     assert work[0].sequence.ending == "cancelled"
     assert work[0].sequence.output == []
     check_pool(scheduler)
@@ -328,7 +328,7 @@ def test_unusable_logits_fail_one_sequence_only():
     for name in "ab":
         scheduler.add(sequence(name, [1], max_tokens=3))
     work = scheduler.schedule()
-    scheduler.settle(work, [-1, 2])
+    scheduler.settle(work, [[-1], [2]])
     assert work[0].sequence.ending == "error"
     assert work[1].sequence.output == [2]
 

@@ -1,0 +1,24 @@
+"""What one step computes of one sequence, as plain data: all that a device, or another process, is told."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive `tokens` of a sequence, the first at position `start`, and the blocks of the whole sequence: token i
+    is kept in slot `table[i // block_size] * block_size + i % block_size`. The logits of the last `sampled` of them are
+    wanted (none while a prompt is computed in parts)."""
+
+    tokens: list[int]
+    start: int
+    table: list[int]
+    sampled: int
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        """The sequence's length once these are computed."""
+        return self.start + len(self.tokens)
