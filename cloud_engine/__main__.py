@@ -7,12 +7,12 @@ import ssl
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from prometheus_client import CollectorRegistry
-from typer.core import TyperCommand
 
+from cloud_engine.bench.commands import SeveralValues, bench
 from cloud_engine.gateway.server import Backend, Gateway
 from cloud_engine.gateway.upstream import Timeouts, Upstream
 from cloud_engine.settings import CloudSettings
@@ -28,21 +28,13 @@ from shared.telemetry import RequestLog, set_up_logging
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
 app.add_typer(keys_app, name="keys")
+app.command(cls=SeveralValues)(bench)
 
-BATCHES = (1, 8, 32, 64)
 SPINS = "10000"
 """How long torch's threads spin at a barrier before they sleep. OpenMP's default is no faster on an idle machine, and
 on a shared one its spinning threads hold the cores that the awaited ones need (see tests/benchmarks/RESULTS.md)."""
 CLOSE_S = 3.0
 """What draining may take beyond its limit, to say goodbye."""
-
-
-class SeveralValues(TyperCommand):
-    """Lets an option that may be repeated take several values at once: `--n 1 8 32` is `--n 1 --n 8 --n 32`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        several = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        return super().parse_args(ctx, repeated(args, several))
 
 
 @app.command()
@@ -87,26 +79,6 @@ def keys_new(
     token = new_key(file, tenant, now=datetime.now(UTC))
     typer.echo(f"added a key of {tenant} to {file}; it is shown only now:", err=True)
     typer.echo(token)
-
-
-@app.command(cls=SeveralValues)
-def bench(
-    model: Annotated[str, typer.Option(help="name in the model store, folder, or GGUF file")],
-    n: Annotated[list[int] | None, typer.Option("--n", min=1, help="sequences at once: --n 1 8 32")] = None,
-    prompt_tokens: Annotated[int, typer.Option("--in", min=1, help="prompt tokens of each")] = 128,
-    output_tokens: Annotated[int, typer.Option("--out", min=1, help="output tokens of each")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-) -> None:
-    """Measure the engine alone: one JSON object a line, `n in out wall_s out_tok_s`."""
-    settings = load(CloudSettings, None, {}, {"model": model, "dtype": dtype, "device": device})
-    path = _resolved(settings.model)
-    from cloud_engine.bench import run
-
-    try:
-        run(path, n or BATCHES, prompt_tokens, output_tokens, settings.dtype, device=settings.device)
-    except ValueError as error:
-        raise InvalidSettings(str(error)) from error
 
 
 def _native(settings: CloudSettings) -> Backend:
@@ -178,19 +150,6 @@ def _resolved(model: str) -> Path:
 def _default_keys() -> Path:
     base = Path(os.environ.get("XDG_CONFIG_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".config") / "causeway" / "cloud-keys"
-
-
-def repeated(args: list[str], several: set[str]) -> list[str]:
-    """Put an option that takes several values before each of them."""
-    result: list[str] = []
-    current: str | None = None
-    for arg in args:
-        if arg.startswith("--"):
-            current = arg if arg in several else None
-            result += [] if current else [arg]
-        else:
-            result += [current, arg] if current else [arg]
-    return result
 
 
 def main() -> None:

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cloud_engine.engine.config import DTYPE_BYTES, EngineConfig, resolve
+from cloud_engine.engine.build import build
+from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine, EngineStats, Output
-from cloud_engine.engine.runner import Runner, attention_for
 from cloud_engine.engine.stream import TextStream
 from cloud_engine.model.tokenizer import Tokenizer
-from cloud_engine.model.weights import load_model
 from shared.errors import CausewayError, ContextTooLong, DeadlineExceeded, Internal, Overloaded, UpstreamFailed
 from shared.schemas import ChatRequest, Delta, ModelCard
 
@@ -214,12 +213,6 @@ class EngineAnswer:
 def load_engine(path: Path, config: EngineConfig | None = None, *, name: str = "") -> EngineAnswer:
     """Load a Hugging Face folder or a GGUF file; takes seconds and much memory, so not on an event loop.
     Raises ModelInvalid or UnsupportedModel, ValueError for limits that cannot be kept."""
-    asked = config or EngineConfig()
-    model = load_model(path, dtype=asked.dtype, device=asked.device).pack()
     tokenizer = Tokenizer(path)
-    token_bytes = model.config.kv_values * DTYPE_BYTES[asked.dtype]
-    resolved = resolve(asked, model_len=model.config.context_length, token_bytes=token_bytes)
-    kernel = attention_for(model.config, resolved)
-    runner = Runner(model, resolved, kernel.attend, packed=kernel.packed)
-    engine = Engine(runner, stop_ids=tokenizer.stop_ids, identity=str(path))
+    engine = build(path, config or EngineConfig(), stop_ids=tokenizer.stop_ids)
     return EngineAnswer(engine, tokenizer, name or path.stem)

@@ -12,7 +12,7 @@ from fakes import EchoAnswer
 from prometheus_client import CollectorRegistry
 from serving import served
 
-from cloud_engine.__main__ import repeated
+from cloud_engine.bench.commands import repeated
 from shared.errors import Unauthorized
 from shared.guard import Guard
 from shared.http import create_app
