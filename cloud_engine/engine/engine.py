@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from cloud_engine.engine.blocks import chain_root
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.runner import Runner
-from cloud_engine.engine.sampler import Sampled, sample
+from cloud_engine.engine.sampler import Sampled
 from cloud_engine.engine.scheduler import Scheduler
 from cloud_engine.engine.sequence import Ending, Sequence
+from cloud_engine.engine.verify import sample_step
 from shared.errors import BadRequest
 from shared.schemas import Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A step's result for one sequence: its next token, and how it ended if it did. `ending` "error" has no token."""
+    """A sequence's next token, and how it ended if it did. `ending` "error" has no token. A step gives a sequence
+    several if it checked a draft."""
 
     sequence: Sequence
     sampled: Sampled
@@ -37,6 +39,8 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Engine:
@@ -97,12 +101,16 @@ class Engine:
         if not work:
             return []
         logits = self.runner.run([item.chunk() for item in work])
-        sequences = [item.sequence for item in work if item.samples]
-        sampled = sample(logits, sequences)
-        self.scheduler.settle(work, [[item.token] for item in sampled])
+        sampled = sample_step(logits, work)
+        taken = self.scheduler.settle(work, [[item.token for item in tokens] for tokens in sampled])
         self._steps += 1
-        self._generated += len(sampled)
-        return [Output(seq, item, seq.ending) for seq, item in zip(sequences, sampled, strict=True)]
+        self._generated += sum(taken)
+        sequences = [item.sequence for item in work if item.samples]
+        return [
+            Output(sequence, tokens[index], sequence.ending if index == count - 1 else None)
+            for sequence, tokens, count in zip(sequences, sampled, taken, strict=True)
+            for index in range(count)
+        ]
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
@@ -116,4 +124,6 @@ class Engine:
             preemptions=scheduler.counters.preemptions,
             steps=self._steps,
             generated_tokens=self._generated,
+            drafted_tokens=scheduler.counters.drafted_tokens,
+            accepted_tokens=scheduler.counters.accepted_tokens,
         )

@@ -10,11 +10,11 @@ import math
 import struct
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cloud_engine.engine.sequence import Sequence
 from shared.schemas import Sampling
 
 FAILED = -1
@@ -34,7 +34,24 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, sequences: List[Sequence]) -> list[Sampled]:
+class Row(Protocol):
+    """What a row of logits is drawn for: a sequence, or one with a part of its draft."""
+
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def tokens(self) -> List[int]: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def output(self) -> List[int]: ...
+    @property
+    def num_output(self) -> int: ...
+
+
+def sample(logits: Tensor, sequences: List[Row]) -> list[Sampled]:
     """One token for each row of `logits` [n, vocab], which is not changed."""
     logits = _penalised(logits.float(), sequences)
     best, tokens = logits.max(dim=-1)
@@ -56,7 +73,7 @@ def uniform(seed: int, position: int) -> float:
     return int.from_bytes(digest, "little") / (1 << 48)
 
 
-def _penalised(logits: Tensor, sequences: List[Sequence]) -> Tensor:
+def _penalised(logits: Tensor, sequences: List[Row]) -> Tensor:
     rows = [index for index, seq in enumerate(sequences) if _has_penalty(seq.sampling)]
     if rows:
         logits = logits.clone()
@@ -69,7 +86,7 @@ def _has_penalty(sampling: Sampling) -> bool:
     return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
-def _penalise(row: Tensor, sequence: Sequence) -> None:
+def _penalise(row: Tensor, sequence: Row) -> None:
     """In place. Repetition counts prompt and output and scales; presence and frequency count output and subtract."""
     sampling = sequence.sampling
     seen = row.new_tensor(sequence.tokens, dtype=torch.int64)
@@ -80,7 +97,7 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
         row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
 
 
-def _draw(logits: Tensor, sequences: List[Sequence]) -> Tensor:
+def _draw(logits: Tensor, sequences: List[Row]) -> Tensor:
     """Rows relative to their best logit, so that no temperature overflows. Inverse of the cumulative distribution, in
     float64 and in order of token id, at the sequence's own uniform number."""
     settings = [seq.sampling for seq in sequences]

@@ -19,17 +19,25 @@ from shared.errors import ContextTooLong, Overloaded, RequestConflict
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Compute `count` tokens of a sequence, from position `start` on; sample the next one if that reaches the end."""
+    """Compute `count` tokens of a sequence, from position `start` on; if that reaches the end, sample the next one, and
+    one after each token of `draft`: the same step computes those too, as if they were known to follow."""
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    draft: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """What it takes of the step's budget."""
+        return self.count + len(self.draft)
 
     def chunk(self) -> Chunk:
         """What the device needs to know of it."""
         tokens = self.sequence.tokens[self.start : self.start + self.count]
-        return Chunk(tokens, self.start, self.sequence.block_table, int(self.samples))
+        table = self.sequence.block_table
+        return Chunk([*tokens, *self.draft], self.start, table, len(self.draft) + self.samples)
 
 
 @dataclass(slots=True)
@@ -41,6 +49,9 @@ class Counters:
     preemptions: int = 0
     chunks: int = 0
     """Steps of a sequence that computed a part of what it lacked."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Of the drafted ones, those that were right."""
 
 
 class Scheduler:
@@ -79,6 +90,7 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """Pick the next step and count it as computed: whoever calls this runs it before calling again."""
         budget = self.config.max_num_batched_tokens
+        spare = budget - sum(sequence.num_tokens - sequence.num_computed for sequence in self.running)
         work: list[Work] = []
         preempted = self.counters.preemptions
         while budget and len(work) < len(self.running):
@@ -86,27 +98,49 @@ class Scheduler:
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             if not self._extend(sequence, count):
                 break
-            work.append(self._advance(sequence, count))
-            budget -= count
+            draft = self._affordable(sequence, count, spare)
+            spare -= len(draft)
+            work.append(self._advance(sequence, count, draft))
+            budget -= work[-1].rows
         while budget and self.waiting and self.counters.preemptions == preempted:
             if len(self.running) >= self.config.max_num_seqs or not self._admit(self.waiting[0]):
                 break
             sequence = self.running[-1]
             count = min(sequence.num_tokens - sequence.num_computed, budget)
-            work.append(self._advance(sequence, count))
-            budget -= count
+            work.append(self._advance(sequence, count, self._affordable(sequence, count, budget - count)))
+            budget -= work[-1].rows
         return work
 
-    def settle(self, work: Iterable[Work], tokens: Iterable[list[int]]) -> None:
-        """Append the step's sampled tokens, a list for each work that samples, and retire what they finish. A negative
-        token says that the model gave no usable logits; those of a sequence that ended are dropped."""
-        for item, sampled in zip((item for item in work if item.samples), tokens, strict=True):
-            for token in sampled:
-                if item.sequence.state is State.FINISHED:
-                    break
-                ending = item.sequence.append(token) if token >= 0 else "error"
-                if ending is not None:
-                    self.finish(item.sequence, ending)
+    def settle(self, work: Iterable[Work], tokens: Iterable[list[int]]) -> list[int]:
+        """Append the step's sampled tokens, a list for each work that samples (the part of its draft that was right,
+        and one more), and retire what they finish. A negative token says that the model gave no usable logits. Returns
+        how many of each list count: none after an ending, nor of a sequence that ended before."""
+        sampling = (item for item in work if item.samples)
+        return [self._settle(item, sampled) for item, sampled in zip(sampling, tokens, strict=True)]
+
+    def _settle(self, item: Work, sampled: list[int]) -> int:
+        sequence = item.sequence
+        if sequence.state is State.FINISHED:
+            return 0
+        known, ending, taken = sequence.num_tokens, None, 0
+        while ending is None and taken < len(sampled):
+            token = sampled[taken]
+            ending = sequence.append(token) if token >= 0 else "error"
+            taken += 1
+        self._keep_computed(sequence, known, len(sampled) - 1)
+        self.counters.drafted_tokens += len(item.draft)
+        self.counters.accepted_tokens += len(sampled) - 1
+        if ending is not None:
+            self.finish(sequence, ending)
+        return taken
+
+    def _keep_computed(self, sequence: Sequence, known: int, accepted: int) -> None:
+        """Drafted tokens that are now the sequence's own were computed with the `known` ones; the slots of the others
+        are written again by what comes instead. A sequence preempted since has nothing to keep."""
+        if accepted and sequence.num_computed == known:
+            sequence.num_computed += min(accepted, sequence.num_tokens - known)
+            if self.config.prefix_caching:
+                self._publish(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """End a sequence in whatever state it is; False if there is none of this id any more."""
@@ -127,14 +161,29 @@ class Scheduler:
         sequence.block_table = []
         return True
 
-    def _advance(self, sequence: Sequence, count: int) -> Work:
+    def _affordable(self, sequence: Sequence, count: int, spare: int) -> tuple[int, ...]:
+        """The part of a draft that is checked if `count` tokens are computed: what can be output still, within rows
+        and blocks that nobody else needs."""
+        length = sequence.num_tokens
+        if not sequence.draft or sequence.num_computed + count < length:
+            return ()
+        draft = sequence.draft[: max(0, min(spare, sequence.max_tokens - sequence.num_output - 1))]
+        table = sequence.block_table
+        lacking = self._blocks_for(length + len(draft)) - len(table)
+        if lacking > 0 and (new := self.pool.take([], lacking, spare=len(self.running))):
+            table += new
+        return draft[: len(table) * self.config.block_size - length]
+
+    def _advance(self, sequence: Sequence, count: int, draft: tuple[int, ...] = ()) -> Work:
         start = sequence.num_computed
         sequence.num_computed += count
         samples = sequence.num_computed == sequence.num_tokens
         self.counters.chunks += not samples
         if self.config.prefix_caching:
             self._publish(sequence)
-        return Work(sequence, start, count, samples)
+        if samples:
+            sequence.draft = ()
+        return Work(sequence, start, count, samples, draft)
 
     def _publish(self, sequence: Sequence) -> None:
         """Make the blocks that this step fills findable at once, for sequences of the same step too. That is sound

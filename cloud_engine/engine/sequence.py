@@ -40,6 +40,8 @@ class Sequence:
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when it was first admitted."""
     preemptions: int = 0
+    draft: tuple[int, ...] = ()
+    """Guesses of the tokens that come next, to be checked in the step that reaches the end of `tokens`."""
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0

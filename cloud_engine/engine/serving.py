@@ -182,10 +182,12 @@ class EngineAnswer:
     def _step(self) -> list[tuple[_Live, Delta | CausewayError]]:
         deltas = [self._take(output) for output in self._engine.step()]
         self._stats = self._engine.stats()
-        return [(live, delta) for live, delta in deltas if delta is not None]
+        return [delta for delta in deltas if delta is not None]
 
-    def _take(self, output: Output) -> tuple[_Live, Delta | CausewayError | None]:
-        live = self._live[output.sequence.id]
+    def _take(self, output: Output) -> tuple[_Live, Delta | CausewayError] | None:
+        live = self._live.get(output.sequence.id)
+        if live is None:
+            return None  # a stop string ended it within the tokens of this very step
         if output.ending == "error":
             del self._live[live.id]
             return live, Internal("the model gave no usable probabilities for this request")
@@ -194,7 +196,7 @@ class EngineAnswer:
             self._engine.finish(output.sequence)
         if delta is not None and delta.finish_reason is not None:
             del self._live[live.id]
-        return live, delta
+        return None if delta is None else (live, delta)
 
     def _admit(self, live: _Live) -> None:
         try:

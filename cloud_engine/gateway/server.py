@@ -31,7 +31,9 @@ UNBOUNDED_OUTPUT = 512
 """Tokens reserved for a request that names no `max_tokens`; settled by what it uses."""
 
 _GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total")
-_COUNTERS = ("prefix_hit_tokens", "prefix_query_tokens", "preemptions", "generated_tokens")
+_COUNTERS = (
+    "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "generated_tokens", "drafted_tokens", "accepted_tokens",
+)  # fmt: skip
 
 
 class EngineStats(Protocol):

@@ -58,28 +58,31 @@ def check_pool(scheduler: Scheduler) -> None:
 
 
 class FakeModel:
-    """Remembers which token each slot was written for, so that a table that maps a wrong block is seen at once."""
+    """Remembers which token each slot was written for, so that a table that maps a wrong block is seen at once. Drafts
+    are right up to a random place."""
 
     def __init__(self, limits: EngineConfig) -> None:
         self.limits = limits
         self.slots: dict[int, tuple[bytes, tuple[int, ...]]] = {}
 
-    def run(self, work: list[Work], rng: random.Random, vocabulary: int) -> list[int]:
+    def run(self, work: list[Work], rng: random.Random, vocabulary: int) -> list[list[int]]:
         size = self.limits.block_size
         written: list[int] = []
         for item in work:
-            seq = item.sequence
-            for position in range(item.start, item.start + item.count):
+            seq, tokens = item.sequence, [*item.sequence.tokens[: item.start + item.count], *item.draft]
+            for position in range(item.start, len(tokens)):
                 slot = seq.block_table[position // size] * size + position % size
                 written.append(slot)
-                self.slots[slot] = (seq.root, tuple(seq.tokens[: position + 1]))
+                self.slots[slot] = (seq.root, tuple(tokens[: position + 1]))
         assert len(written) == len(set(written)), "a slot was written twice in a step"
         for item in work:
             seq = item.sequence
             for position in range(item.start + item.count):
                 slot = seq.block_table[position // size] * size + position % size
                 assert self.slots[slot] == (seq.root, tuple(seq.tokens[: position + 1]))
-        return [rng.randrange(vocabulary) for item in work if item.samples]
+        return [
+            [*item.draft[: rng.randint(0, len(item.draft))], rng.randrange(vocabulary)] for item in work if item.samples
+        ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,9 +92,10 @@ class FakeModel:
     budget=st.integers(4, 40),
     seqs=st.integers(1, 4),
     caching=st.booleans(),
+    drafts=st.sampled_from([0, 6]),
 )
-def test_random_traffic_keeps_every_invariant(seed, num_blocks, budget, seqs, caching):
-    """Random adds, steps and aborts: blocks are conserved, shared only when equal, and every request ends once."""
+def test_random_traffic_keeps_every_invariant(seed, num_blocks, budget, seqs, caching, drafts):
+    """Random adds, steps, drafts and aborts: blocks are conserved, shared only when equal, every request ends once."""
     rng = random.Random(seed)
     limits = config(
         num_blocks=num_blocks, max_num_batched_tokens=budget, max_num_seqs=seqs, prefix_caching=caching, max_waiting=10
@@ -111,41 +115,46 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, budget, seqs, ca
                 assert new.id not in scheduler.live
         if everything and rng.random() < 0.1:
             scheduler.abort(rng.choice(everything).id)
-        step(scheduler, model, rng)
+        step(scheduler, model, rng, drafts)
     for _ in range(4000):
         if not scheduler.live:
             break
-        assert step(scheduler, model, rng), "no progress with live sequences"
+        assert step(scheduler, model, rng, drafts), "no progress with live sequences"
     assert not scheduler.live
     assert scheduler.pool.num_free == num_blocks - 1
     assert all(seq.ending is not None and seq.state is State.FINISHED for seq in everything)
     assert all(seq.num_output <= seq.max_tokens for seq in everything)
 
 
-def step(scheduler: Scheduler, model: FakeModel, rng: random.Random) -> list[Work]:
+def step(scheduler: Scheduler, model: FakeModel, rng: random.Random, drafts: int = 0) -> list[Work]:
     outputs = {seq: seq.output for seq in scheduler.live.values()}
+    for seq in scheduler.running:
+        if drafts and seq.num_output:
+            seq.draft = tuple(rng.randrange(EOS + 1) for _ in range(rng.randrange(drafts)))
     work = scheduler.schedule()
-    assert sum(item.count for item in work) <= scheduler.config.max_num_batched_tokens
+    assert sum(item.rows for item in work) <= scheduler.config.max_num_batched_tokens
     assert all(item.count > 0 for item in work)
+    assert all(item.samples or not item.draft for item in work)
     assert len({item.sequence for item in work}) == len(work)
     check_pool(scheduler)
     tokens = model.run(work, rng, vocabulary=EOS + 1)
-    scheduler.settle(work, [[token] for token in tokens])
+    scheduler.settle(work, tokens)
     check_pool(scheduler)
     assert all(seq.output[: len(before)] == before for seq, before in outputs.items()), "an output token was lost"
     return work
 
 
-def test_random_traffic_really_shares_preempts_and_chunks():
-    """The property above is not vacuous: hits, preemptions and chunks happen in such traffic."""
+def test_random_traffic_really_shares_preempts_chunks_and_drafts():
+    """The property above is not vacuous: hits, preemptions, chunks, right and wrong drafts happen in such traffic."""
     rng = random.Random(3)
     limits = config(num_blocks=17, max_num_seqs=4, max_num_batched_tokens=8)
     scheduler, model = Scheduler(limits), FakeModel(limits)
     for number in range(30):
         scheduler.add(sequence(str(number), [1, 2, 3, 4, 5] * 4 + [number % 6], max_tokens=30))
     while scheduler.live:
-        step(scheduler, model, rng)
+        step(scheduler, model, rng, drafts=6)
     counters = scheduler.counters
+    assert 0 < counters.accepted_tokens < counters.drafted_tokens
     assert counters.prefix_hit_tokens > 0
     assert counters.preemptions > 0
     assert counters.chunks > 0
