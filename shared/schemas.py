@@ -16,6 +16,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Target = Literal["edge", "cloud"]
 Label = Literal["free", "edge_only"]
 """`edge_only`: not one byte of this request may leave the device."""
+Priority = Literal["interactive", "batch"]
+"""`batch`: nobody waits for it, so it makes room for what somebody waits for. It is answered in the end."""
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256

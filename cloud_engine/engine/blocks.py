@@ -52,11 +52,15 @@ class BlockPool:
             found.append(block)
         return found
 
+    def fits(self, shared: list[int], count: int, *, spare: int = 0) -> bool:
+        """Whether `take` would give a table."""
+        revived = sum(block in self.free for block in shared)
+        return len(self.free) - revived - count >= spare
+
     def take(self, shared: list[int], count: int, *, spare: int = 0) -> list[int] | None:
         """A table of the `shared` blocks followed by `count` new ones, or None (and nothing changed) if that would
         leave fewer than `spare` free. The shared ones leave the free list first, so no new block evicts them."""
-        revived = sum(block in self.free for block in shared)
-        if len(self.free) - revived - count < spare:
+        if not self.fits(shared, count, spare=spare):
             return None
         for block in shared:
             self.free.pop(block, None)

@@ -15,7 +15,8 @@ class EngineConfig:
     num_blocks: blocks in the KV tensors, the null block included (0: as many as `kv_bytes` holds).
     max_num_batched_tokens: the budget of one step (0: 256 on a CPU, 4096 elsewhere). It bounds the gap between two
         tokens of everybody else while a long prompt is prefilled.
-    max_waiting: requests that may queue before `Overloaded`.
+    max_waiting: requests that may queue before `Overloaded`. Of a full queue every tenant may still have an equal part.
+    batch_patience: tokens computed for interactive requests before one waiting batch request is admitted ahead of them.
     """
 
     model_len: int = 0
@@ -25,6 +26,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 0
     max_waiting: int = 256
+    batch_patience: int = 8192
     prefix_caching: bool = True
     dtype: DType = "float32"
     device: str = "cpu"
@@ -36,8 +38,11 @@ class EngineConfig:
 
     def checked(self) -> "EngineConfig":
         """This config, or ValueError naming the limit that cannot be kept."""
-        if min(self.block_size, self.max_num_seqs, self.max_waiting) < 1 or self.num_blocks < 2:
-            raise ValueError("block_size, max_num_seqs and max_waiting must be at least 1, num_blocks at least 2")
+        counts = (self.block_size, self.max_num_seqs, self.max_waiting, self.batch_patience)
+        if min(counts) < 1 or self.num_blocks < 2:
+            raise ValueError(
+                "block_size, max_num_seqs, max_waiting and batch_patience must be at least 1, num_blocks at least 2"
+            )
         if not 2 <= self.model_len <= self.kv_tokens:
             raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -13,7 +13,7 @@ from cloud_engine.engine.scheduler import Scheduler
 from cloud_engine.engine.sequence import Ending, Sequence
 from cloud_engine.engine.verify import sample_step
 from shared.errors import BadRequest
-from shared.schemas import Sampling
+from shared.schemas import Priority, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,17 @@ class Engine:
         self._entropy = entropy
         self._steps = self._generated = 0
 
-    def add(self, sequence_id: str, tokens: List[int], sampling: Sampling, *, salt: str = "") -> Sequence:
+    def add(
+        self,
+        sequence_id: str,
+        tokens: List[int],
+        sampling: Sampling,
+        *,
+        salt: str = "",
+        priority: Priority = "interactive",
+    ) -> Sequence:
         """Queue a request. Raises BadRequest, ContextTooLong, Overloaded or RequestConflict; then nothing has changed.
-        Requests share cached prefixes only under the same `salt`."""
+        `salt` is its tenant: only requests of the same one share cached prefixes, and tenants take turns."""
         if not tokens:
             raise BadRequest("the prompt has no tokens", param="prompt")
         if not all(0 <= token < self.vocab_size for token in tokens):
@@ -79,6 +87,8 @@ class Engine:
             seed=self._entropy() if sampling.seed is None else sampling.seed,
             stop_ids=self._stop_ids,
             root=chain_root(self._identity, self.config.dtype, salt),
+            tenant=salt,
+            priority=priority,
         )
         self.scheduler.add(sequence)
         return sequence

@@ -1,18 +1,19 @@
 """Who computes what in the next step: one token budget for prefill chunks and decodes together.
 
-The running sequences go first, in order of admission, then the waiting ones, first come first served. Decodes are in
-front of every prefill that was admitted later, so a long prompt delays them by one step at most. When blocks run out,
-the sequence admitted last gives its blocks back and waits at the front of the queue, to be recomputed (its output is
-kept).
+The running sequences go first, by rank, then the waiting ones in the order of `order.WaitingQueue`. A prefill leaves
+budget for every decode behind it, so whoever decodes is part of every step and a long prompt delays it by one step at
+most. When blocks run out, the sequence of the worst rank gives its blocks back and waits in front of the new ones, to
+be recomputed (its output is kept). It is never one that is part of the step already: those are of better rank.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cloud_engine.engine.blocks import BlockPool
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.order import OUTPUT_WEIGHT, WaitingQueue, rank
 from cloud_engine.engine.sequence import Ending, Sequence, State
 from shared.errors import ContextTooLong, Overloaded, RequestConflict
 
@@ -60,10 +61,12 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config.checked()
         self.pool = BlockPool(config.num_blocks)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue(config.batch_patience)
         self.running: list[Sequence] = []
+        """Sorted by rank."""
         self.live: dict[str, Sequence] = {}
         self.counters = Counters()
+        self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises ContextTooLong for one that can never fit, Overloaded when the queue is full."""
@@ -82,32 +85,38 @@ class Scheduler:
                 f"over the context length of {limit}",
                 param="max_tokens",
             )
-        if len(self.waiting) >= self.config.max_waiting:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after=1.0)
+        self._check_room(sequence.tenant)
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
         self.live[sequence.id] = sequence
-        self.waiting.append(sequence)
+        self.waiting.push(sequence)
 
     def schedule(self) -> list[Work]:
         """Pick the next step and count it as computed: whoever calls this runs it before calling again."""
-        budget = self.config.max_num_batched_tokens
-        spare = budget - sum(sequence.num_tokens - sequence.num_computed for sequence in self.running)
-        work: list[Work] = []
-        preempted = self.counters.preemptions
-        while budget and len(work) < len(self.running):
-            sequence = self.running[len(work)]
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
+        self._make_way()
+        budget, work = self.config.max_num_batched_tokens, list[Work]()
+        lacking = [_lacking(sequence) for sequence in self.running]
+        decodes, spare = lacking.count(1), budget - sum(lacking)
+        preempted, turn = self.counters.preemptions, 0
+        while budget and turn < len(self.running):
+            sequence = self.running[turn]
+            decodes -= lacking[turn] == 1
+            count = min(lacking[turn], budget - decodes)
+            turn += 1
+            if count < 1:
+                continue
             if not self._extend(sequence, count):
                 break
             draft = self._affordable(sequence, count, spare)
             spare -= len(draft)
             work.append(self._advance(sequence, count, draft))
             budget -= work[-1].rows
-        while budget and self.waiting and self.counters.preemptions == preempted:
-            if len(self.running) >= self.config.max_num_seqs or not self._admit(self.waiting[0]):
+        while budget and self.counters.preemptions == preempted:
+            first = self.waiting.first()
+            if first is None or not self._admit(first):
                 break
-            sequence = self.running[-1]
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
-            work.append(self._advance(sequence, count, self._affordable(sequence, count, budget - count)))
+            count = min(_lacking(first), budget)
+            work.append(self._advance(first, count, self._affordable(first, count, budget - count)))
             budget -= work[-1].rows
         return work
 
@@ -128,6 +137,7 @@ class Scheduler:
             ending = sequence.append(token) if token >= 0 else "error"
             taken += 1
         self._keep_computed(sequence, known, len(sampled) - 1)
+        self.waiting.charge(sequence, OUTPUT_WEIGHT * taken)
         self.counters.drafted_tokens += len(item.draft)
         self.counters.accepted_tokens += len(sampled) - 1
         if ending is not None:
@@ -160,6 +170,23 @@ class Scheduler:
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         return True
+
+    def _check_room(self, tenant: str) -> None:
+        """A full queue still has an equal part for every tenant. With n of them it grows to about ln(n) times itself:
+        those who filled it are refused until they are down to their part."""
+        limit, held = self.config.max_waiting, self.waiting.of(tenant)
+        if len(self.waiting) >= limit and held >= self.waiting.share(tenant, limit):
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already, {held} of yours", retry_after=1.0)
+
+    def _make_way(self) -> None:
+        """A running batch sequence gives up its place to an interactive one that has none: at most one in a step, and
+        none twice."""
+        first = self.waiting.first()
+        if first is None or first.priority == "batch" or not self.running:
+            return
+        is_late, _ = rank(self.running[-1])
+        if is_late and not self._has_place(first):
+            self._preempt(self.running[-1])
 
     def _affordable(self, sequence: Sequence, count: int, spare: int) -> tuple[int, ...]:
         """The part of a draft that is checked if `count` tokens are computed: what can be output still, within rows
@@ -214,33 +241,54 @@ class Scheduler:
         self.running.remove(victim)
         self.pool.release(victim.block_table)
         victim.reset()
-        self.waiting.appendleft(victim)
+        self.waiting.put_back(victim)
         self.counters.preemptions += 1
 
+    def _hit(self, sequence: Sequence) -> list[int]:
+        """Blocks of the sequence's longest cached prefix."""
+        if not self.config.prefix_caching:
+            return []
+        # One token at least is computed, or there would be no logits to sample from.
+        usable = (sequence.num_tokens - 1) // self.config.block_size
+        return self.pool.lookup(sequence.hashes(usable, self.config.block_size))
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        """Whether `_admit` would succeed."""
+        hit = self._hit(sequence)
+        new = self._blocks_for(sequence.num_tokens) - len(hit)
+        return len(self.running) < self.config.max_num_seqs and self.pool.fits(hit, new, spare=len(self.running))
+
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence the blocks of all its tokens, or none. Holding back while the whole does not fit, or
-        would leave the running ones no block each to grow into, is what keeps a full pool from thrashing."""
-        hit: list[int] = []
-        if self.config.prefix_caching:
-            # One token at least is computed, or there would be no logits to sample from.
-            usable = (sequence.num_tokens - 1) // self.config.block_size
-            hit = self.pool.lookup(sequence.hashes(usable, self.config.block_size))
+        """Give a waiting sequence a place and the blocks of all its tokens, or nothing. Holding back while the whole
+        does not fit, or would leave the running ones no block each to grow into, is what keeps a full pool from
+        thrashing."""
+        if len(self.running) >= self.config.max_num_seqs:
+            return False
+        hit = self._hit(sequence)
         new = self._blocks_for(sequence.num_tokens) - len(hit)
         table = self.pool.take(hit, new, spare=len(self.running))
         if table is None:
             return False
-        self.waiting.popleft()
-        self.running.append(sequence)
-        self._count_hit(sequence, len(hit) * self.config.block_size)
+        self.waiting.take(sequence)
+        insort(self.running, sequence, key=rank)
+        if sequence.state is State.WAITING:
+            self._count_first_time(sequence, len(hit) * self.config.block_size)
         sequence.block_table = table
         sequence.num_computed = len(hit) * self.config.block_size
         sequence.num_published = len(hit)
         sequence.state = State.RUNNING
         return True
 
-    def _count_hit(self, sequence: Sequence, tokens: int) -> None:
-        """Hits count once a request: a preempted one finding its own blocks again is no gain."""
-        if sequence.state is State.WAITING and self.config.prefix_caching:
-            sequence.num_cached = tokens
-            self.counters.prefix_hit_tokens += tokens
+    def _count_first_time(self, sequence: Sequence, cached: int) -> None:
+        """Once a request: a preempted one finding its own blocks again is no gain, and to compute them again is not
+        its tenant's fault."""
+        self.waiting.charge(sequence, sequence.num_prompt - cached)
+        if self.config.prefix_caching:
+            sequence.num_cached = cached
+            self.counters.prefix_hit_tokens += cached
             self.counters.prefix_query_tokens += sequence.num_prompt
+
+
+def _lacking(sequence: Sequence) -> int:
+    """Tokens not computed yet: 1 while it decodes."""
+    return sequence.num_tokens - sequence.num_computed

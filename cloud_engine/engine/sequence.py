@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Literal
 
 from cloud_engine.engine.blocks import chain_hash
-from shared.schemas import Sampling
+from shared.schemas import Priority, Sampling
 
 Ending = Literal["stop", "length", "cancelled", "error"]
 
@@ -34,11 +34,18 @@ class Sequence:
     stop_ids: frozenset[int]
     root: bytes
     """Root of the prefix chain: sequences share blocks only under the same root."""
+    tenant: str = ""
+    """Whom its service is counted for: see `fairness`."""
+    priority: Priority = "interactive"
 
     num_prompt: int = field(init=False)
     num_computed: int = 0
     num_cached: int = 0
     """Prompt tokens found in the prefix cache when it was first admitted."""
+    arrival: int = 0
+    """Its number in the order of arrival."""
+    aged: bool = False
+    """Batch work that waited its turn, or gave up its place once: it is not passed over again. See `order`."""
     preemptions: int = 0
     draft: tuple[int, ...] = ()
     """Guesses of the tokens that come next, to be checked in the step that reaches the end of `tokens`."""

@@ -254,7 +254,7 @@ def test_preemption_keeps_output_and_hits_count_once():
     run_until(scheduler, lambda: victim.preemptions, token=5)
     assert victim.state is State.PREEMPTED
     assert victim.num_output > 0
-    assert scheduler.waiting[0] is victim
+    assert scheduler.waiting.first() is victim
     assert set(victim.output) == {5}
     run_until(scheduler, lambda: not scheduler.live, token=5)
     assert victim.output == [5] * 33
