@@ -19,7 +19,7 @@ from cloud_engine.attention.select import Shape, select
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.model.config import LayerKind, ModelConfig
-from cloud_engine.model.decoder import Decoder, View
+from cloud_engine.model.decoder import Model, View
 from cloud_engine.model.rotary import Rotation, rotary_table
 
 MIN_GROUP = 4
@@ -31,7 +31,7 @@ class Runner:
     `packed` says what `attend` reads of a batch, see `cloud_engine.attention.batch.Kernel`."""
 
     def __init__(
-        self, model: Decoder, config: EngineConfig, attend: Attention = paged.attend, *, packed: bool = False
+        self, model: Model, config: EngineConfig, attend: Attention = paged.attend, *, packed: bool = False
     ) -> None:
         self.model, self.config, self.attend, self.packed = model, config, attend, packed
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)

@@ -52,17 +52,31 @@ class LayerKind:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
     """`chosen` of `count` experts compute each token; their weights sum to one if `normalised`. The layers `dense`
-    have a plain MLP instead. The default: there are none."""
+    have a plain MLP instead. `held` is None, or the experts that this rank has. The default: there are none."""
 
     count: int = 0
     chosen: int = 0
     intermediate_size: int = 0
     normalised: bool = True
     dense: frozenset[int] = frozenset()
+    held: range | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Which of a model's layers are computed here: those from `first_layer` on, and whether it begins (embedding) or
+    ends (output projection) here. The default: a model in one piece."""
+
+    first_layer: int = 0
+    begins: bool = True
+    ends: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
+    """Of a whole model, or of the part that one rank has (`division.divide`): then heads, layers and the width of the
+    feed-forward part are that rank's own, vocabulary and hidden size still the model's."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -77,6 +91,9 @@ class ModelConfig:
     experts: Experts = Experts()
     query_scale: float = 1.0
     """Attention scores are q k / sqrt(head_dim) times this."""
+    stage: Stage = Stage()
+    kv_copies: int = 1
+    """Ranks that hold the same KV heads."""
 
     @property
     def num_layers(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cloud_engine.attention.batch import Attention, AttentionBatch
 from cloud_engine.model.config import ModelConfig, Raw
-from cloud_engine.model.layers import Destinations, Empty, Norm, prefixed
+from cloud_engine.model.layers import Destination, Destinations, Empty, Norm, prefixed
 from cloud_engine.model.projection import Projection
 from cloud_engine.model.rotary import Rotation
 
@@ -25,30 +25,57 @@ class Layer(Protocol):
     def projections(self) -> Iterator[Projection]: ...
 
 
+class Model(Protocol):
+    """What a runner computes with: a whole model, or a rank's part of one. A call gives the logits [S, vocab] of the
+    rows `sampled` [S] of `tokens` [T], or [0, vocab] at a rank that has none; `views` and `caches` are those of its
+    layers."""
+
+    config: ModelConfig
+
+    def __call__(
+        self, tokens: Tensor, views: Sequence[View], attend: Attention, caches: Sequence[Tensor], sampled: Tensor, /
+    ) -> Tensor: ...
+
+
 class Decoder:
-    """A call gives the logits [S, vocab] of the rows `sampled` [S]; the other rows only fill the caches."""
+    """A call gives the logits [S, vocab] of the rows `sampled` [S]; the other rows only fill the caches.
+
+    Ranks that share the model have equal parts of the vocabulary, the last one padded; their logits meet at rank 0, the
+    others get none. A stage of a pipeline has `embed`, `through` and `predict` called by whom it is a part of.
+    """
 
     def __init__(
         self, config: ModelConfig, empty: Empty, layer: Callable[[int], Layer], norm: type[Norm] = Norm
     ) -> None:
-        """`layer` makes the layer of an index."""
-        self.config = config
-        self.embedding = empty(config.vocab_size, config.hidden_size)
-        self.layers = [layer(index) for index in range(config.num_layers)]
+        """`layer` makes the layer of an index, counted from the whole model's first."""
+        self.config, self.peers, stage = config, empty.peers, config.stage
+        self.vocabulary = -(-config.vocab_size // self.peers.size)
+        self.embedding = self._vocabulary(empty, needed=stage.begins or (stage.ends and config.tied))
+        self.layers = [layer(stage.first_layer + index) for index in range(config.num_layers)]
         self.norm = norm(config.hidden_size, config.rms_norm_eps, empty)
-        self.head = Projection(self.embedding if config.tied else empty(config.vocab_size, config.hidden_size))
+        self.head = Projection(self.embedding if config.tied else self._vocabulary(empty, needed=stage.ends))
 
     def __call__(
         self, tokens: Tensor, views: Sequence[View], attend: Attention, caches: Sequence[Tensor], sampled: Tensor
     ) -> Tensor:
         """`views` and `caches` have one for each layer."""
-        x = self.embed(tokens)
-        for layer, (rotation, batch), cache in zip(self.layers, views, caches, strict=True):
-            x = layer(x, rotation, attend, cache, batch)
-        return self.head(self.norm(x[sampled]))
+        return self.predict(self.through(self.embed(tokens), views, attend, caches)[sampled])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding)
+        if self.peers.size == 1:
+            return F.embedding(tokens, self.embedding)
+        rows = tokens - self.peers.rank * self.vocabulary
+        ours = (rows >= 0) & (rows < self.vocabulary)
+        return self.peers.sum(F.embedding(rows.where(ours, 0), self.embedding) * ours[:, None])
+
+    def through(self, x: Tensor, views: Sequence[View], attend: Attention, caches: Sequence[Tensor]) -> Tensor:
+        """The layers, from x [T, hidden] to the same shape."""
+        for layer, (rotation, batch), cache in zip(self.layers, views, caches, strict=True):
+            x = layer(x, rotation, attend, cache, batch)
+        return x
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.peers.gather(self.head(self.norm(x)))[:, : self.config.vocab_size]
 
     def pack(self) -> Self:
         """Put the weights into the order this processor likes best, once they are loaded. For good: `destinations` no
@@ -56,17 +83,33 @@ class Decoder:
         for layer in self.layers:
             for projection in layer.projections():
                 projection.pack()
-        self.head.pack(keep=self.config.tied)
+        if self.config.stage.ends:
+            self.head.pack(keep=self.config.tied)
         return self
 
     def destinations(self) -> Destinations:
-        """Where each tensor of a checkpoint goes, under the names Hugging Face gives them: views of the weights."""
-        places = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
-        if not self.config.tied:
-            places["lm_head.weight"] = self.head.weight
-        for index, layer in enumerate(self.layers):
+        """Where each tensor of a checkpoint that has a place here goes, under the name Hugging Face gives it."""
+        stage, places = self.config.stage, {}
+        if len(self.embedding):
+            places["model.embed_tokens.weight"] = self._ours(self.embedding)
+        for index, layer in enumerate(self.layers, stage.first_layer):
             places |= prefixed(f"model.layers.{index}", layer.destinations())
+        if stage.ends:
+            places["model.norm.weight"] = Destination(self.norm.weight)
+        if stage.ends and not self.config.tied:
+            places["lm_head.weight"] = self._ours(self.head.weight)
         return places
+
+    def _vocabulary(self, empty: Empty, *, needed: bool) -> Tensor:
+        """A weight with a row for each token of this rank; zeros where there is no such token, no row if not needed."""
+        weight = empty(self.vocabulary if needed else 0, self.config.hidden_size)
+        weight[len(self._ours(weight).target) :] = 0
+        return weight
+
+    def _ours(self, weight: Tensor) -> Destination:
+        """The rows of a vocabulary's weight that have a token."""
+        start = min(self.peers.rank * self.vocabulary, self.config.vocab_size)
+        return Destination(weight[: self.config.vocab_size - start], start=start)
 
 
 Adapt = Callable[[ModelConfig, str, Tensor], Tensor]

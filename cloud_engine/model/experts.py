@@ -1,6 +1,7 @@
 """Mixture of experts: a router picks a few feed-forward parts for each token and weighs what they give.
 
-The step's rows are sorted by expert, so that each expert with any tokens computes all of them at once.
+The step's rows are sorted by expert, so that each expert with any tokens computes all of them at once. Where ranks
+share the model, each has all experts in part, or some of them whole (`Experts.held`) and computes the rows of these.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cloud_engine.model.config import Experts
-from cloud_engine.model.layers import Destinations, Empty, GatedMlp, prefixed
+from cloud_engine.model.layers import Destination, Destinations, Empty, GatedMlp, prefixed
 from cloud_engine.model.projection import Projection
 
 
@@ -23,14 +24,20 @@ class MixtureOfExperts:
     ) -> None:
         """`names` are those of an expert's gate, up and down in checkpoints."""
         self.shape = shape
+        self.held = range(shape.count) if shape.held is None else shape.held
         self.router = Projection(empty(shape.count, hidden))
-        self.experts = [GatedMlp(hidden, shape.intermediate_size, empty, names=names) for _ in range(shape.count)]
+        if shape.held is not None:
+            empty = Empty(empty.make)
+        self.experts = [GatedMlp(hidden, shape.intermediate_size, empty, names=names) for _ in self.held]
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, chosen = self.route(x)
         order = chosen.flatten().argsort(stable=True)
-        rows = order // self.shape.chosen
         counts = chosen.flatten().bincount(minlength=self.shape.count).tolist()
+        before = sum(counts[: self.held.start])
+        counts = counts[self.held.start : self.held.stop]
+        order = order[before : before + sum(counts)]
+        rows = order // self.shape.chosen
         parts = [
             expert(part)
             for expert, part in zip(self.experts, x[rows].split_with_sizes(counts), strict=True)
@@ -47,8 +54,8 @@ class MixtureOfExperts:
         return weights.to(x.dtype), chosen
 
     def destinations(self) -> Destinations:
-        places = {"gate.weight": self.router.weight}
-        for index, expert in enumerate(self.experts):
+        places = {"gate.weight": Destination(self.router.weight)}
+        for index, expert in zip(self.held, self.experts, strict=True):
             places |= prefixed(f"experts.{index}", expert.destinations())
         return places
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cloud_engine.attention.batch import Attention, AttentionBatch
 from cloud_engine.model.config import LayerKind, ModelConfig, Raw, Rope, read, read_rope, refuse, require_activation
 from cloud_engine.model.decoder import Decoder, Family
-from cloud_engine.model.layers import Destinations, Empty, GatedMlp, Norm, SelfAttention, prefixed
+from cloud_engine.model.layers import Destination, Destinations, Empty, GatedMlp, Norm, SelfAttention, prefixed
 from cloud_engine.model.projection import Projection
 from cloud_engine.model.rotary import Rotation
 
@@ -39,6 +39,7 @@ class GemmaBlock:
     """Each part is normalised before and after, and then added."""
 
     def __init__(self, config: ModelConfig, empty: Empty) -> None:
+        self.peers = empty.peers
         self.attention = SelfAttention(config, empty, head_norm=GemmaNorm)
         gelu = partial(F.gelu, approximate="tanh")
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, empty, activation=gelu)
@@ -48,12 +49,14 @@ class GemmaBlock:
         self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch
     ) -> Tensor:
         before_attention, after_attention, before_mlp, after_mlp = self.norms
-        x = x + after_attention(self.attention(before_attention(x), rotation, attend, cache, batch))
-        return x + after_mlp(self.mlp(before_mlp(x)))
+        attended = self.attention(before_attention(x), rotation, attend, cache, batch)
+        x = x + after_attention(self.peers.sum(attended))
+        return x + after_mlp(self.peers.sum(self.mlp(before_mlp(x))))
 
     def destinations(self) -> Destinations:
         parts = ("input", "post_attention", "pre_feedforward", "post_feedforward")
-        places = {f"{part}_layernorm.weight": norm.weight for part, norm in zip(parts, self.norms, strict=True)}
+        norms = zip(parts, self.norms, strict=True)
+        places = {f"{part}_layernorm.weight": Destination(norm.weight) for part, norm in norms}
         return places | prefixed("self_attn", self.attention.destinations()) | prefixed("mlp", self.mlp.destinations())
 
     def projections(self) -> Iterator[Projection]:

@@ -59,15 +59,12 @@ class GgufModel:
             {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
         )
 
-    def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, names: Mapping[str, str]) -> Iterator[tuple[str, "GgufTensor"]]:
         """All but the rotary factors; `names` are those of layer tensors that differ from Llama's."""
         layer = _LAYER | dict(names)
         for entry in self._reader.tensors:
             if entry.name != _FACTORS:
-                yield (
-                    _hugging_face_name(entry.name, layer),
-                    torch.tensor(gguf.dequantize(entry.data, entry.tensor_type)),
-                )
+                yield _hugging_face_name(entry.name, layer), GgufTensor(entry)
 
     def _fields(self, metadata: Mapping[str, Any]) -> Raw:
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
@@ -83,6 +80,19 @@ class GgufModel:
         if _FACTORS in tensors:
             fields["rope_factors"] = tuple(float(value) for value in tensors[_FACTORS].data)
         return fields
+
+
+class GgufTensor:
+    """A tensor in the file, dequantized when it is read."""
+
+    def __init__(self, entry: Any) -> None:
+        self._entry = entry
+        self.shape = [int(size) for size in reversed(entry.shape)]
+
+    def read(self, dim: int, start: int, stop: int) -> Tensor:
+        """What lies from `start` to `stop` along `dim`."""
+        values = gguf.dequantize(self._entry.data, self._entry.tensor_type)
+        return torch.tensor(values).narrow(dim, start, stop - start)
 
 
 def _hugging_face_name(name: str, layer: Mapping[str, str]) -> str:

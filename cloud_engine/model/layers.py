@@ -2,10 +2,14 @@
 
 The tokens of all sequences of a step lie one after the other ([T, hidden]): only attention knows which belong together.
 Projections that read the same input are one matrix: q, k and v; gate and up. Each part says where the tensors of a
-checkpoint go (`destinations`: views of its weights by their Hugging Face names), and which matrices can be packed.
+checkpoint go (`destinations`, by their Hugging Face names), and which matrices can be packed.
+
+Where ranks share a model, each has some heads of the attention and some columns of the feed-forward part (or some
+experts). What such a part gives is this rank's share of a sum; the block around it adds up the shares.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -16,10 +20,67 @@ from cloud_engine.model.config import ModelConfig
 from cloud_engine.model.projection import Projection
 from cloud_engine.model.rotary import Rotation, rotate
 
-Empty = Callable[[int, int], Tensor]
-"""Makes an uninitialised weight [outputs, inputs] of the model's dtype, on its device."""
 
-Destinations = dict[str, Tensor]
+class Peers(Protocol):
+    """The ranks that share every matrix of these layers. All of them must call the same in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def sum(self, x: Tensor, /) -> Tensor:
+        """The sum of all ranks' `x`, at each of them; may be computed in place."""
+
+    def gather(self, x: Tensor, /) -> Tensor:
+        """All ranks' `x` [n, columns] side by side, in their order, at rank 0; [0, columns] elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One rank has it all."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, x: Tensor, /) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor, /) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class Empty:
+    """Makes an uninitialised weight [outputs, inputs] of the model's dtype, on its device, which `peers` share."""
+
+    make: Callable[[int, int], Tensor]
+    peers: Peers = Alone()
+
+    def __call__(self, outputs: int, inputs: int) -> Tensor:
+        return self.make(outputs, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a tensor of a checkpoint goes: `target`, a view of our weights, takes what lies from `start` on along
+    `dim`, as much as it has room for."""
+
+    target: Tensor
+    dim: int = 0
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.target.shape[self.dim]
+
+
+def part(target: Tensor, peers: Peers, dim: int = 0, *, copies: int = 1) -> Destination:
+    """An equal part for each rank, or for each `copies` ranks the same one."""
+    return Destination(target, dim, peers.rank // copies * target.shape[dim])
+
+
+Destinations = dict[str, Destination]
 
 
 class Norm:
@@ -47,6 +108,7 @@ class SelfAttention:
         self, config: ModelConfig, empty: Empty, *, bias: bool = False, head_norm: type[Norm] | None = None
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.peers, self.kv_copies = empty.peers, config.kv_copies
         outputs = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = Projection(empty(outputs, config.hidden_size), empty(1, outputs)[0] if bias else None)
         self.out = Projection(empty(config.hidden_size, self.heads * self.head_dim))
@@ -70,12 +132,14 @@ class SelfAttention:
     def destinations(self) -> Destinations:
         kv = self.kv_heads * self.head_dim
         parts = {"weight": self.qkv.weight} | ({} if self.qkv.bias is None else {"bias": self.qkv.bias})
-        places = {"o_proj.weight": self.out.weight}
+        places = {"o_proj.weight": part(self.out.weight, self.peers, dim=1)}
         for kind, fused in parts.items():
             q, k, v = fused.split_with_sizes([self.heads * self.head_dim, kv, kv])
-            places |= {f"q_proj.{kind}": q, f"k_proj.{kind}": k, f"v_proj.{kind}": v}
-        if self.head_norms is not None:
-            places |= {"q_norm.weight": self.head_norms[0].weight, "k_norm.weight": self.head_norms[1].weight}
+            places[f"q_proj.{kind}"] = part(q, self.peers)
+            places[f"k_proj.{kind}"] = part(k, self.peers, copies=self.kv_copies)
+            places[f"v_proj.{kind}"] = part(v, self.peers, copies=self.kv_copies)
+        for name, norm in zip(("q_norm", "k_norm"), self.head_norms or (), strict=False):
+            places[f"{name}.weight"] = Destination(norm.weight)
         return places
 
     def projections(self) -> Iterator[Projection]:
@@ -95,14 +159,15 @@ class GatedMlp:
     ) -> None:
         self.gate_up = Projection(empty(2 * intermediate, hidden))
         self.down = Projection(empty(hidden, intermediate))
-        self.activation, self.names = activation, names
+        self.activation, self.names, self.peers = activation, names, empty.peers
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(self.activation(gate).mul_(up))
 
     def destinations(self) -> Destinations:
-        places = (*self.gate_up.weight.chunk(2), self.down.weight)
+        rows = (part(weight, self.peers) for weight in self.gate_up.weight.chunk(2))
+        places = (*rows, part(self.down.weight, self.peers, dim=1))
         return {f"{name}.weight": place for name, place in zip(self.names, places, strict=True)}
 
     def projections(self) -> Iterator[Projection]:
@@ -110,27 +175,27 @@ class GatedMlp:
 
 
 class Block:
-    """Attention, then a feed-forward part, each on a normalised copy of what it adds to. `mlp` is the second part's
-    name in checkpoints."""
+    """Attention, then a feed-forward part, each on a normalised copy of what it adds to. `name` is the second part's
+    in checkpoints."""
 
     def __init__(
         self, config: ModelConfig, empty: Empty, attention: SelfAttention, mlp: FeedForward, name: str = "mlp"
     ) -> None:
-        self.attention, self.mlp, self.mlp_name = attention, mlp, name
+        self.attention, self.mlp, self.mlp_name, self.peers = attention, mlp, name, empty.peers
         self.attention_norm = Norm(config.hidden_size, config.rms_norm_eps, empty)
         self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps, empty)
 
     def __call__(
         self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, attend, cache, batch)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.peers.sum(self.attention(self.attention_norm(x), rotation, attend, cache, batch))
+        return x + self.peers.sum(self.mlp(self.mlp_norm(x)))
 
     def destinations(self) -> Destinations:
         return (
-            {"input_layernorm.weight": self.attention_norm.weight}
+            {"input_layernorm.weight": Destination(self.attention_norm.weight)}
             | prefixed("self_attn", self.attention.destinations())
-            | {"post_attention_layernorm.weight": self.mlp_norm.weight}
+            | {"post_attention_layernorm.weight": Destination(self.mlp_norm.weight)}
             | prefixed(self.mlp_name, self.mlp.destinations())
         )
 

@@ -1,13 +1,14 @@
 """Weights into a model: from a Hugging Face folder (safetensors, single or sharded) or from one GGUF file.
 
-Both become a stream of (Hugging Face name, tensor), copied one by one into the fused weights, so that memory peaks at
-the model plus one tensor. Names, shapes and completeness are checked; nothing in a checkpoint is ever unpickled.
+Both become a stream of (Hugging Face name, stored tensor), read one by one into the fused weights, so that memory peaks
+at the model plus one tensor. Names, shapes and completeness are checked; nothing in a checkpoint is ever unpickled. Of
+a model that ranks share, each reads its own part only: safetensors by slices, GGUF tensors dequantized and then cut.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from cloud_engine.engine.config import DType
 from cloud_engine.model.decoder import Adapt, Decoder
+from cloud_engine.model.division import Share, divide
 from cloud_engine.model.gguf_model import GgufModel
+from cloud_engine.model.layers import Empty
 from cloud_engine.model.registry import GGUF, HUGGING_FACE, configure, find
 from shared.gguf import ModelInvalid
 
@@ -23,8 +26,19 @@ _DERIVED = ("rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry although the configuration determines them."""
 
 
-def load_model(path: Path, *, dtype: DType = "float32", device: str = "cpu") -> Decoder:
-    """Raises ModelInvalid for a damaged or incomplete checkpoint, UnsupportedModel for one of another kind."""
+class Stored(Protocol):
+    """A tensor of a checkpoint, not yet read."""
+
+    shape: list[int]
+
+    def read(self, dim: int, start: int, stop: int) -> Tensor:
+        """What lies from `start` to `stop` along `dim` (0 or 1)."""
+
+
+def load_model(path: Path, *, dtype: DType = "float32", device: str = "cpu", share: Share | None = None) -> Decoder:
+    """The model, or one rank's `share` of it. Raises ModelInvalid for a damaged or incomplete checkpoint,
+    UnsupportedModel for one of another kind or that cannot be divided so."""
+    stream: Iterable[tuple[str, Stored]]
     if path.is_file():
         file = GgufModel(path)
         family = find(GGUF, file.architecture)
@@ -36,8 +50,13 @@ def load_model(path: Path, *, dtype: DType = "float32", device: str = "cpu") -> 
         config = configure(family, raw, "config.json")
         stream, adapt = _safetensors(path, tied=config.tied), family.from_safetensors
     like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
-    model = family.build(config, lambda outputs, inputs: like.new_empty(outputs, inputs))
-    _fill(model, stream, adapt)
+    if share is None:
+        model = whole = family.build(config, Empty(like.new_empty))
+    else:
+        part = divide(config, share.division, share.rank)
+        model = family.build(part, Empty(like.new_empty, share.peers))
+        whole = family.build(config, Empty(like.to("meta").new_empty))
+    _fill(model, whole, stream, adapt)
     return model
 
 
@@ -51,28 +70,44 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _fill(model: Decoder, stream: Iterable[tuple[str, Tensor]], adapt: Adapt) -> None:
+def _fill(model: Decoder, whole: Decoder, stream: Iterable[tuple[str, Stored]], adapt: Adapt) -> None:
+    """All of `whole` must be there, although `model` may need only a part."""
+    shapes = {name: list(place.target.shape) for name, place in whole.destinations().items()}
     places = model.destinations()
-    for name, tensor in stream:
+    for name, stored in stream:
         if name.endswith(_DERIVED):
             continue
-        place = places.pop(name, None)
-        if place is None:
+        shape = shapes.pop(name, None)
+        if shape is None:
             raise ModelInvalid(f"tensor {name} is unknown or comes twice", param="model")
-        if place.shape != tensor.shape:
-            raise ModelInvalid(f"tensor {name} is {list(tensor.shape)}, not {list(place.shape)}", param="model")
-        place.copy_(adapt(model.config, name, tensor))
-    if places:
-        raise ModelInvalid(f"{len(places)} tensors are missing, the first is {min(places)}", param="model")
+        if shape != stored.shape:
+            raise ModelInvalid(f"tensor {name} is {stored.shape}, not {shape}", param="model")
+        if place := places.get(name):
+            tensor = stored.read(place.dim, place.start, place.stop)
+            place.target.copy_(adapt(model.config, name, tensor))
+    if shapes:
+        raise ModelInvalid(f"{len(shapes)} tensors are missing, the first is {min(shapes)}", param="model")
 
 
-def _safetensors(folder: Path, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
+class _Slices:
+    """A tensor in a safetensors file."""
+
+    def __init__(self, inside: Any) -> None:
+        self._inside = inside
+        self.shape = list(inside.get_shape())
+
+    def read(self, dim: int, start: int, stop: int) -> Tensor:
+        tensor: Tensor = self._inside[:, start:stop] if dim else self._inside[start:stop]
+        return tensor
+
+
+def _safetensors(folder: Path, *, tied: bool) -> Iterator[tuple[str, Stored]]:
     for shard in _shards(folder):
         try:
             with safe_open(shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     if not (tied and name == "lm_head.weight"):
-                        yield name, file.get_tensor(name)
+                        yield name, _Slices(file.get_slice(name))
         except (OSError, SafetensorError) as error:
             raise ModelInvalid(f"{shard.name}: {error}", param="model") from error
 

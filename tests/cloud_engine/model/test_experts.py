@@ -3,12 +3,13 @@ import torch
 
 from cloud_engine.model.config import Experts
 from cloud_engine.model.experts import MixtureOfExperts
+from cloud_engine.model.layers import Empty
 
 
 def make(normalised: bool) -> MixtureOfExperts:
     generator = torch.Generator().manual_seed(4)
     shape = Experts(count=5, chosen=2, intermediate_size=12, normalised=normalised)
-    return MixtureOfExperts(shape, 8, lambda outputs, inputs: torch.randn(outputs, inputs, generator=generator))
+    return MixtureOfExperts(shape, 8, Empty(lambda *sizes: torch.randn(sizes, generator=generator)))
 
 
 def one_by_one(moe: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:

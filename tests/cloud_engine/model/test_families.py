@@ -85,7 +85,7 @@ def test_older_gemma_files_say_the_same(tmp_path):
 def test_half_precision_norms_keep_their_precision(tmp_path):
     """In bfloat16 the factors of Gemma's norms stay float32: near one, bfloat16 has steps of a hundredth."""
     model = load_model(tiny_models.save(tmp_path, "gemma3, window"), dtype="bfloat16")
-    kinds = {name.endswith("norm.weight"): place.dtype for name, place in model.destinations().items()}
+    kinds = {name.endswith("norm.weight"): place.target.dtype for name, place in model.destinations().items()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     config = EngineConfig(model_len=64, num_blocks=30, block_size=4, max_num_batched_tokens=64, dtype="bfloat16")
     assert [len(output) for output in generate(Engine(Runner(model.pack(), config)), prompts()[:2])] == [12, 12]

@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from cloud_engine.model import weights as loading
 from cloud_engine.model.config import UnsupportedModel
+from cloud_engine.model.division import Division, Share
+from cloud_engine.model.layers import Alone, Destination
 from cloud_engine.model.weights import load_model
 from shared.gguf import ModelInvalid
 
@@ -74,7 +77,7 @@ def gguf_name(name: str) -> str:
 
 
 def weights(path) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in load_model(path).destinations().items()}
+    return {name: place.target.clone() for name, place in load_model(path).destinations().items()}
 
 
 def test_a_folder_loads_what_was_saved(tiny_model):
@@ -114,9 +117,52 @@ def test_gguf_is_dequantized(tmp_path):
 
 def test_dtype_is_converted_at_load(tiny_model):
     """Weights take the asked dtype."""
-    assert {tensor.dtype for tensor in load_model(tiny_model, dtype="bfloat16").destinations().values()} == {
-        torch.bfloat16
-    }
+    places = load_model(tiny_model, dtype="bfloat16").destinations().values()
+    assert {place.target.dtype for place in places} == {torch.bfloat16}
+
+
+def of_rank(path, rank: int, size: int) -> dict[str, Destination]:
+    share = Share(Division(tensor=size), rank, Alone(rank, size))
+    return load_model(path, share=share).destinations()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_all_ranks_are_the_whole(tiny_model, tmp_path, kind, size):
+    """Put where they come from, the parts that the ranks load cover each tensor, and nothing differs."""
+    path = tiny_model if kind == "safetensors" else write_gguf(tmp_path / "q.gguf", quantize=True)
+    whole = weights(path)
+    joined = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
+    for rank in range(size):
+        for name, place in of_rank(path, rank, size).items():
+            joined[name].narrow(place.dim, place.start, place.stop - place.start).copy_(place.target)
+    assert all(torch.equal(joined[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_rank_reads_its_own_part_only(tiny_model, monkeypatch):
+    """What is read of a checkpoint is what the rank keeps: of the other parts, and of other stages, only the shapes."""
+    reads: list[int] = []
+    read = loading._Slices.read
+
+    def counted(stored, dim, start, stop):
+        reads.append((tensor := read(stored, dim, start, stop)).numel())
+        return tensor
+
+    monkeypatch.setattr(loading._Slices, "read", counted)
+    places = load_model(tiny_model, share=Share(Division(tensor=2, pipeline=2), 3, Alone(1, 2))).destinations()
+    assert sum(reads) == sum(place.target.numel() for place in places.values())
+    assert sum(reads) < sum(tensor.numel() for tensor in tiny_llama.oracle().state_dict().values()) / 3
+    assert {name.split(".")[2] for name in places if "layers" in name} == {"1"}
+
+
+def test_a_rank_refuses_a_checkpoint_that_lacks_anothers_part(tiny_model, tmp_path):
+    """Each rank looks at the names and shapes of all tensors, so that no rank begins while another cannot."""
+    broken = shutil.copytree(tiny_model, tmp_path / "copy") / "model.safetensors"
+    tensors = load_file(broken)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, broken)
+    with pytest.raises(ModelInvalid, match=r"missing, the first is model\.layers\.1\.mlp\.up_proj"):
+        load_model(broken.parent, share=Share(Division(pipeline=2), 0, Alone()))
 
 
 @pytest.fixture
@@ -227,5 +273,6 @@ def test_real_gguf_equals_its_safetensors(model_path, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     ours, theirs = load_model(model_path), load_model(tmp_path)
     assert ours.config == theirs.config
-    for name, tensor in ours.destinations().items():
-        torch.testing.assert_close(tensor, theirs.destinations()[name], atol=1e-7, rtol=1e-6, msg=name)
+    for name, place in ours.destinations().items():
+        same = theirs.destinations()[name].target
+        torch.testing.assert_close(place.target, same, atol=1e-7, rtol=1e-6, msg=name)

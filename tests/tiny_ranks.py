@@ -1,0 +1,69 @@
+"""A model divided over ranks that are threads of the test: real groups and collectives, no process to wait for."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.parallel.groups import Groups, connect
+from cloud_engine.engine.parallel.stages import StagedModel
+from cloud_engine.engine.runner import Runner
+from cloud_engine.model.division import Division, Share
+from cloud_engine.model.layers import Alone
+from cloud_engine.model.weights import load_model
+
+CONFIG = {"model_len": 64, "num_blocks": 21, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 11}
+CPU, LIMIT = torch.device("cpu"), timedelta(seconds=60)
+
+
+class Threads:
+    """Ranks by division, connected once for all models of a test module."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.numbers = folder, itertools.count()
+        self.groups: dict[tuple[int, int], list[Groups]] = {}
+        self.pool = ThreadPoolExecutor(max_workers=8)
+
+    def connected(self, division: Division) -> list[Groups]:
+        key = division.tensor, division.pipeline
+        if key not in self.groups:
+            meeting = self.folder / str(next(self.numbers))
+            ranks = range(division.size)
+            self.groups[key] = list(self.pool.map(lambda rank: connect(meeting, division, rank, CPU, LIMIT), ranks))
+        return self.groups[key]
+
+    def load(self, model: Path, division: Division, **config: object) -> "ThreadedRanks":
+        groups = self.connected(division)
+        return ThreadedRanks(
+            self.pool, [runner(model, division, rank, groups[rank], config) for rank in range(len(groups))]
+        )
+
+
+class ThreadedRanks:
+    """What an engine knows of a runner."""
+
+    def __init__(self, pool: ThreadPoolExecutor, runners: list[Runner]) -> None:
+        self.pool, self.runners = pool, runners
+        self.config, self.model = runners[0].config, runners[0].model
+
+    def run(self, chunks) -> torch.Tensor:
+        logits, *others = self.pool.map(lambda runner: runner.run(chunks), self.runners)
+        assert not any(len(other) for other in others)
+        return logits
+
+
+def runner(path: Path, division: Division, rank: int, groups: Groups, config: dict[str, object]) -> Runner:
+    peers = groups.peers or Alone()
+    model = load_model(path, share=Share(division, rank, peers)).pack()
+    return Runner(StagedModel(model, groups.pipe) if groups.pipe else model, EngineConfig(**(CONFIG | config)))
+
+
+@contextmanager
+def threads(folder: Path):
+    ranks = Threads(folder)
+    yield ranks
+    ranks.pool.shutdown()
