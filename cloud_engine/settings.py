@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cloud_engine.engine.config import DType, EngineConfig
+from cloud_engine.engine.config import DType, EngineConfig, KvDType
 from cloud_engine.gateway.limits import TenantLimits
 from shared.config import Settings
 from shared.guard import Guard
@@ -77,6 +77,8 @@ class CloudSettings(Settings):
     """Between two pieces of the upstream's answer."""
 
     dtype: DType = "float32"
+    kv_dtype: KvDType = "auto"
+    """Of the KV cache: that of the weights, or `fp8` (e4m3), a byte a number."""
     device: str = "cpu"
     model_len: Count = 0
     kv_blocks: Count = 0
@@ -132,6 +134,7 @@ class CloudSettings(Settings):
             max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,
             dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             device=self.device,
         )
 

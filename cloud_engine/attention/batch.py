@@ -67,17 +67,25 @@ class AttentionBatch:
     """One step. `slots` [T] is where each new token's key and value go (int64: slot times stride exceeds 32 bits on
     large pools). Every sequence is either one of `spans` or in one of `decodes`; or all are in `packed`, which is what
     a kernel with `Kernel.packed` reads, and the others need not be made. The masks of spans and decodes, and `packed`,
-    already keep to `window`; it is None where a token sees all before it."""
+    already keep to `window`; it is None where a token sees all before it. `scales` are what keys and values are
+    divided by in an FP8 cache: kernels need not look at them, see `cloud_engine.attention.fp8`."""
 
     slots: Tensor
     spans: tuple[Span, ...] = ()
     decodes: tuple[Decodes, ...] = ()
     window: int | None = None
     packed: Packed | None = None
+    scales: tuple[float, float] = (1.0, 1.0)
 
 
 NULL = 0
 """The block that padding points at: zeros, and nobody's."""
+
+
+FP8 = torch.float8_e4m3fn
+"""What a cache of 8-bit floats holds: 4 bits of exponent, 3 of mantissa. A kernel converts what it reads to the
+dtype of its queries."""
+FP8_MAX = 448.0
 
 
 UNLIMITED = 2**31 - 1
@@ -100,6 +108,10 @@ class Kernel:
 def write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Put the step's keys and values into their slots. Raises IndexError for a slot outside the cache."""
     flat = cache.view(2, -1, *cache.shape[3:])
+    if cache.dtype is FP8:
+        # As bytes: on a CPU there is no index_copy_ of 8-bit floats. NaN stays NaN, all else is kept in range.
+        k, v = (x.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8) for x in (k, v))
+        flat = flat.view(torch.uint8)
     flat[0].index_copy_(0, slots, k)
     flat[1].index_copy_(0, slots, v)
 

@@ -2,6 +2,7 @@
 
 A sequence alone reads its own blocks: without a copy where they are consecutive, by one `index_select` along the blocks
 otherwise. Many decoding sequences of similar length are gathered into one padded batch, which spares a call for each.
+An FP8 cache is converted as it is read.
 """
 
 import torch
@@ -25,16 +26,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: AttentionBatch
     return out
 
 
-def _read(cache: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+def _read(cache: Tensor, span: Span, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values of a sequence's context, each [1, Hkv, context, D]."""
     blocks = cache[:, span.blocks] if isinstance(span.blocks, slice) else cache.index_select(1, span.blocks)
-    kv = blocks.flatten(1, 2)[:, None, : span.context].transpose(2, 3)
+    kv = blocks.flatten(1, 2)[:, None, : span.context].to(dtype).transpose(2, 3)
     return kv[0], kv[1]
 
 
 def _decode(q: Tensor, cache: Tensor, span: Span, out: Tensor) -> None:
     """All query heads of a group see the same keys, so they can be rows of one problem: [1, Hkv, group, D]."""
-    keys, values = _read(cache, span)
+    keys, values = _read(cache, span, q.dtype)
     heads = keys.shape[1]
     query = q[span.row].view(1, heads, -1, q.shape[2])
     out[span.row] = F.scaled_dot_product_attention(query, keys, values, attn_mask=span.mask).view(q.shape[1:])
@@ -44,10 +45,10 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, span: Span, out: Te
     """With history the mask is explicit: `is_causal` aligns to the first key, wrong where keys outnumber rows."""
     rows = slice(span.row, span.row + span.count)
     query = q[rows].transpose(0, 1)[None]
-    if span.mask is None:
+    if span.mask is None and cache.dtype is k.dtype:
         keys, values = k[rows].transpose(0, 1)[None], v[rows].transpose(0, 1)[None]
     else:
-        keys, values = _read(cache, span)
+        keys, values = _read(cache, span, q.dtype)
     result = F.scaled_dot_product_attention(
         query, keys, values, attn_mask=span.mask, is_causal=span.mask is None, enable_gqa=True
     )
@@ -57,7 +58,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, span: Span, out: Te
 def _decode_group(q: Tensor, cache: Tensor, group: Decodes) -> Tensor:
     """Like `_decode`, for a batch padded to one length."""
     count, width = group.tables.shape
-    kv = cache.index_select(1, group.tables.flatten()).flatten(1, 2)
+    kv = cache.index_select(1, group.tables.flatten()).flatten(1, 2).to(q.dtype)
     # A stale slot may hold anything, and 0 * NaN is NaN: masking the scores would not do.
     kv.index_fill_(1, group.stale, 0)
     keys, values = kv.view(2, count, width * cache.shape[2], *cache.shape[3:]).transpose(2, 3)

@@ -30,6 +30,8 @@ class Shape:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    cache: torch.dtype | None = None
+    """What the cache holds; None: the same `dtype`."""
 
 
 class WrongResult(Exception):
@@ -85,9 +87,10 @@ def _compare(kernel: Kernel, shape: Shape, lengths: Sequence[tuple[int, int]]) -
 
     rows = sum(count for count, _ in lengths)
     inputs = [normal(rows, heads) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
-    inputs.append(normal(2, blocks, size, shape.kv_heads))
+    cache = normal(2, blocks, size, shape.kv_heads)
     for _, context, table in sequences:
-        inputs[3][:, table[-1], (context - 1) % size + 1 :] = torch.nan
+        cache[:, table[-1], (context - 1) % size + 1 :] = torch.nan
+    inputs.append(cache.to(shape.cache or shape.dtype))
     q, k, v, cache = (tensor.to(shape.device) for tensor in inputs)
     actual = kernel.attend(q, k, v, cache, _batch(sequences, size, shape.device)).to("cpu", torch.float32)
     q, k, v, cache = inputs

@@ -184,8 +184,8 @@ def _attend(
         at, present = _tile_of_cache(
             keys, table, position, position < end, kv_block, kv_slot, block_size, head_dim, dim
         )
-        key = tl.load(at, mask=present, other=0.0)
-        value = tl.load(at + kv_part, mask=present, other=0.0)
+        key = tl.load(at, mask=present, other=0.0).to(query.dtype)  # an FP8 cache is converted tile by tile
+        value = tl.load(at + kv_part, mask=present, other=0.0).to(query.dtype)
         behind = own[:, None] - position[None, :]
         seen = live[:, None] & (position < end)[None, :] & (behind >= 0) & (behind < window)
         score = tl.where(seen, tl.dot(query, tl.trans(key), input_precision="ieee") * scale, float("-inf"))

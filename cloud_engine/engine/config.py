@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
+KvDType = Literal["auto", "fp8"]
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -17,6 +18,9 @@ class EngineConfig:
         tokens of everybody else while a long prompt is prefilled.
     max_waiting: requests that may queue before `Overloaded`. Of a full queue every tenant may still have an equal part.
     batch_patience: tokens computed for interactive requests before one waiting batch request is admitted ahead of them.
+    kv_dtype: of the cache; "auto" is `dtype`, "fp8" takes a byte a number, and needs `kv_scales`.
+    kv_scales: for each layer what its keys and its values are divided by. Frozen like all else here, and part of what
+        prefixes are found by: a block is never read under other scales than it was written with.
     """
 
     model_len: int = 0
@@ -29,7 +33,19 @@ class EngineConfig:
     batch_patience: int = 8192
     prefix_caching: bool = True
     dtype: DType = "float32"
+    kv_dtype: KvDType = "auto"
+    kv_scales: tuple[tuple[float, float], ...] = ()
     device: str = "cpu"
+
+    @property
+    def kv_value_bytes(self) -> int:
+        """What one number of a key or value takes."""
+        return 1 if self.kv_dtype == "fp8" else DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_format(self) -> str:
+        """Names how blocks hold numbers: only under the same name may they be shared."""
+        return f"{self.dtype} {self.kv_dtype} {self.kv_scales}"
 
     @property
     def kv_tokens(self) -> int:

@@ -86,7 +86,7 @@ class Engine:
             max_tokens=sampling.max_tokens or max(1, self.config.model_len - len(tokens)),
             seed=self._entropy() if sampling.seed is None else sampling.seed,
             stop_ids=self._stop_ids,
-            root=chain_root(self._identity, self.config.dtype, salt),
+            root=chain_root(self._identity, self.config.kv_format, salt),
             tenant=salt,
             priority=priority,
         )

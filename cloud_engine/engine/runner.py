@@ -1,10 +1,13 @@
 """One step on the device: lists become tensors, tensors become logits. Owns the KV tensors."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from cloud_engine.attention import paged
 from cloud_engine.attention.batch import (
+    FP8,
     UNLIMITED,
     Attention,
     AttentionBatch,
@@ -15,6 +18,7 @@ from cloud_engine.attention.batch import (
     pack,
     span,
 )
+from cloud_engine.attention.fp8 import Scaled
 from cloud_engine.attention.select import Shape, select
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
@@ -28,16 +32,21 @@ MIN_GROUP = 4
 
 class Runner:
     """Computes a step's tokens and remembers their keys and values, per layer [2, num_blocks, block_size, Hkv, D].
-    `packed` says what `attend` reads of a batch, see `cloud_engine.attention.batch.Kernel`."""
+    `packed` says what `attend` reads of a batch, see `cloud_engine.attention.batch.Kernel`. Raises ValueError for an
+    FP8 cache without the scales of each layer."""
 
     def __init__(
         self, model: Model, config: EngineConfig, attend: Attention = paged.attend, *, packed: bool = False
     ) -> None:
-        self.model, self.config, self.attend, self.packed = model, config, attend, packed
+        self.model, self.config, self.packed = model, config, packed
+        self.attend = Scaled(attend) if config.kv_dtype == "fp8" else attend
+        if config.kv_dtype == "fp8" and len(config.kv_scales) != model.config.num_layers:
+            raise ValueError("an FP8 cache needs kv_scales of every layer (see cloud_engine.engine.calibration)")
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         shape = (2, config.num_blocks, config.block_size, model.config.num_kv_heads, model.config.head_dim)
-        self.caches = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(model.config.num_layers)]
-        self.like = self.caches[0].new_empty(0)
+        held = FP8 if config.kv_dtype == "fp8" else self.dtype
+        self.caches = [torch.zeros(shape, dtype=held, device=self.device) for _ in range(model.config.num_layers)]
+        self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.rotations = {kind.rope: self._rotation(kind) for kind in model.config.layers}
 
     def run(self, chunks: list[Chunk]) -> Tensor:
@@ -57,7 +66,11 @@ class Runner:
         batch = self._packed if self.packed else self._batch
         rotations = {rope: (cos[at], sin[at]) for rope, (cos, sin) in self.rotations.items()}
         batches = {window: batch(chunks, window) for window in {kind.window for kind in kinds}}
-        return [(rotations[kind.rope], batches[kind.window]) for kind in kinds]
+        views = [(rotations[kind.rope], batches[kind.window]) for kind in kinds]
+        if self.config.kv_dtype == "fp8":
+            pairs = zip(views, self.config.kv_scales, strict=True)
+            views = [(rotation, replace(batch, scales=scales)) for (rotation, batch), scales in pairs]
+        return views
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
@@ -95,7 +108,8 @@ class Runner:
 def attention_for(model: ModelConfig, config: EngineConfig) -> Kernel:
     """The attention that serves this model best here. On a GPU it is tried out first, which takes seconds."""
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
-    return select(Shape(model.num_heads, model.num_kv_heads, model.head_dim, config.block_size, dtype, device))
+    cache = FP8 if config.kv_dtype == "fp8" else dtype
+    return select(Shape(model.num_heads, model.num_kv_heads, model.head_dim, config.block_size, dtype, device, cache))
 
 
 def _slots(chunk: Chunk, size: int) -> list[int]:

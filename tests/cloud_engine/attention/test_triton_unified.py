@@ -347,6 +347,7 @@ shape = dict(group=4, head_dim=80, dim=128, block_size=16, key_tile=kernels.KEY_
 whole, split = dict(tile=64, tokens=16, segments=1), dict(tile=16, tokens=4, segments=8)
 check(kernels._attend, shape | whole, q="*bf16", cache="*bf16", out="*bf16", sums="*bf16", **integers)
 check(kernels._attend, shape | split, q="*bf16", cache="*bf16", out="*fp32", sums="*fp32", **integers)
+check(kernels._attend, shape | whole, q="*bf16", cache="*fp8e4nv", out="*bf16", sums="*bf16", **integers)
 check(kernels._merge, dict(head_dim=80, dim=128, segments=8), parts="*fp32", sums="*fp32", out="*bf16")
 """
 
@@ -357,5 +358,5 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in lines] == ["_attend", "_attend", "_merge"]
+    assert [name for name, *_ in lines] == ["_attend", "_attend", "_attend", "_merge"]
     assert all(int(shared) <= 99 * 1024 for _, shared, _ in lines)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cloud_engine.engine.calibration import TEXT, calibrate
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
 from cloud_engine.engine.runner import Runner
@@ -108,3 +109,14 @@ def test_preempted(model, prompts, wanted, caching):
     assert crowded.stats().preemptions > 0
     assert crowded.scheduler.counters.chunks > 0
     assert (crowded.stats().prefix_hit_tokens > 0) is caching
+
+
+def test_an_fp8_cache_keeps_most_tokens(model, model_path, prompts, wanted):
+    """With keys and values in 8 bits, most greedy tokens before the first other one stay those of float32."""
+    limits = EngineConfig(model_len=256, num_blocks=1000, max_num_batched_tokens=256, kv_dtype="fp8")
+    config = calibrate(model, limits, Tokenizer(model_path).encode(TEXT))
+    made = generate(Engine(Runner(model, config)), prompts)
+    pairs = [[a == b for a, b in zip(ours, full, strict=True)] for ours, full in zip(made, wanted, strict=True)]
+    kept = [[*pair, False].index(False) for pair in pairs]
+    assert sum(at > 0 for at in kept) >= 0.9 * len(kept)
+    assert TOKENS * len(kept) > sum(kept) >= 0.6 * TOKENS * len(kept)
