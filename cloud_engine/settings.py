@@ -88,6 +88,8 @@ class CloudSettings(Settings):
     max_num_batched_tokens: Count = 0
     max_waiting: Annotated[int, Field(ge=1, le=1 << 20)] = 256
     prefix_caching: bool = True
+    async_depth: Annotated[int, Field(ge=0, le=1)] | None = None
+    """Steps launched before the last results are looked at; unset: 1 on a GPU, 0 on a CPU."""
 
     concurrent: Count = 64
     """Of one tenant: requests at once."""
@@ -133,6 +135,7 @@ class CloudSettings(Settings):
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,
+            async_depth=self.async_depth,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             device=self.device,

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 class Chunk:
     """Consecutive `tokens` of a sequence, the first at position `start`, and the blocks of the whole sequence: token i
     is kept in slot `table[i // block_size] * block_size + i % block_size`. The logits of the last `sampled` of them are
-    wanted (none while a prompt is computed in parts)."""
+    wanted (none while a prompt is computed in parts).
+
+    `previous`: the one token here is not known yet, it is what the step launched before this one samples at that place
+    (counted over the sequences that it samples). Only the device has it in time; `tokens` holds a placeholder."""
 
     tokens: list[int]
     start: int
     table: list[int]
     sampled: int
+    previous: int | None = None
 
     @property
     def count(self) -> int:

@@ -21,6 +21,8 @@ class EngineConfig:
     kv_dtype: of the cache; "auto" is `dtype`, "fp8" takes a byte a number, and needs `kv_scales`.
     kv_scales: for each layer what its keys and its values are divided by. Frozen like all else here, and part of what
         prefixes are found by: a block is never read under other scales than it was written with.
+    async_depth: steps that are launched before the results of the step before are looked at, 0 or 1 (None: 1 on a GPU,
+        0 on a CPU). With 1, scheduling and text are made while the device computes; outputs are the same.
     """
 
     model_len: int = 0
@@ -36,6 +38,7 @@ class EngineConfig:
     kv_dtype: KvDType = "auto"
     kv_scales: tuple[tuple[float, float], ...] = ()
     device: str = "cpu"
+    async_depth: int | None = None
 
     @property
     def kv_value_bytes(self) -> int:
@@ -61,6 +64,8 @@ class EngineConfig:
             )
         if not 2 <= self.model_len <= self.kv_tokens:
             raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
+        if self.async_depth not in (None, 0, 1):
+            raise ValueError(f"async_depth is {self.async_depth}; it must be 0 or 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 "max_num_batched_tokens must be at least max_num_seqs: every running sequence is served each step"
@@ -78,4 +83,5 @@ def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> Engine
         num_blocks=num_blocks,
         model_len=config.model_len or min(model_len, held),
         max_num_batched_tokens=config.max_num_batched_tokens or budget,
+        async_depth=int(config.device != "cpu") if config.async_depth is None else config.async_depth,
     ).checked()

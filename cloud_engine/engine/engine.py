@@ -1,17 +1,21 @@
 """The engine: tokens in, tokens out. One call of `step` computes one batch. Synchronous, and owned by one thread."""
 
 import secrets
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from itertools import islice
 
 from cloud_engine.engine.blocks import chain_root
 from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.device import Result, device_for
+from cloud_engine.engine.draw import has_penalty
 from cloud_engine.engine.runner import Runner
 from cloud_engine.engine.sampler import Sampled
-from cloud_engine.engine.scheduler import Scheduler
+from cloud_engine.engine.scheduler import Scheduler, Work
 from cloud_engine.engine.sequence import Ending, Sequence
-from cloud_engine.engine.verify import sample_step
+from cloud_engine.engine.verify import kept
 from shared.errors import BadRequest
 from shared.schemas import Priority, Sampling
 
@@ -58,6 +62,8 @@ class Engine:
         self.config: EngineConfig = runner.config
         self.runner = runner
         self.scheduler = Scheduler(self.config)
+        self._device = device_for(runner)
+        self._launched: deque[tuple[list[Work], Result]] = deque()
         self.vocab_size = runner.model.config.vocab_size
         self._stop_ids = stop_ids
         self._identity = identity
@@ -89,6 +95,7 @@ class Engine:
             root=chain_root(self._identity, self.config.kv_format, salt),
             tenant=salt,
             priority=priority,
+            waits=has_penalty(sampling),
         )
         self.scheduler.add(sequence)
         return sequence
@@ -103,22 +110,36 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.live)
+        return bool(self.scheduler.live or self._launched)
 
     def step(self) -> list[Output]:
-        """Schedule, run, sample, settle. Empty when nothing was due, or when only parts of prompts were computed."""
-        work = self.scheduler.schedule()
-        if not work:
-            return []
-        logits = self.runner.run([item.chunk() for item in work])
-        sampled = sample_step(logits, work)
+        """Schedule and launch a step, then settle: that step, or with `async_depth` 1 the one before, whose results
+        have come in the meantime. Empty when nothing was due, or when only parts of prompts were computed."""
+        outputs: list[Output] = []
+        if any(item.waits for work, _ in self._launched for item in work):
+            outputs += self._settle()
+        if work := self.scheduler.schedule():
+            draws = [draw for item in work for draw in item.draws()]
+            self._launched.append((work, self._device.launch([item.chunk() for item in work], draws)))
+            self._steps += 1
+        if self._launched and (not work or len(self._launched) > (self.config.async_depth or 0)):
+            outputs += self._settle()
+        return outputs
+
+    def close(self) -> None:
+        """Wait for what is launched and end the device's thread, if it has one."""
+        self._device.close()
+
+    def _settle(self) -> list[Output]:
+        """Results of the oldest launched step, without those of sequences that ended since it was launched."""
+        work, result = self._launched.popleft()
+        sampling, rows = [item for item in work if item.samples], iter(result())
+        sampled = [kept(item.draft, list(islice(rows, 1 + len(item.draft)))) for item in sampling]
         taken = self.scheduler.settle(work, [[item.token for item in tokens] for tokens in sampled])
-        self._steps += 1
         self._generated += sum(taken)
-        sequences = [item.sequence for item in work if item.samples]
         return [
-            Output(sequence, tokens[index], sequence.ending if index == count - 1 else None)
-            for sequence, tokens, count in zip(sequences, sampled, taken, strict=True)
+            Output(item.sequence, tokens[index], item.sequence.ending if index == count - 1 else None)
+            for item, tokens, count in zip(sampling, sampled, taken, strict=True)
             for index in range(count)
         ]
 

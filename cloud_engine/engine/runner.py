@@ -1,5 +1,6 @@
 """One step on the device: lists become tensors, tensors become logits. Owns the KV tensors."""
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -49,12 +50,26 @@ class Runner:
         self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.rotations = {kind.rope: self._rotation(kind) for kind in model.config.layers}
 
-    def run(self, chunks: list[Chunk]) -> Tensor:
-        """Logits [n, vocab] of all rows that are wanted, in order."""
+    def run(self, chunks: list[Chunk], last: Tensor | None = None) -> Tensor:
+        """Logits [n, vocab] of all rows that are wanted, in order. `last` are the tokens [n] that the step before
+        sampled; needed where a chunk has `previous`."""
         with torch.inference_mode():
             tokens, positions, rows = _rows(chunks)
+            inputs = self._tensor(tokens)
+            if last is not None:
+                self._resolve(chunks, inputs, last)
             views = self._views(chunks, self._tensor(positions))
-            return self.model(self._tensor(tokens), views, self.attend, self.caches, self._tensor(rows))
+            return self.model(inputs, views, self.attend, self.caches, self._tensor(rows))
+
+    def _resolve(self, chunks: list[Chunk], tokens: Tensor, last: Tensor) -> None:
+        """Put tokens that the host did not know in place. One that failed (negative) becomes any valid one: nobody will
+        look at what follows it."""
+        ends = itertools.accumulate(chunk.count for chunk in chunks)
+        pending = [
+            (end - 1, item.previous) for end, item in zip(ends, chunks, strict=True) if item.previous is not None
+        ]
+        rows, places = self._tensor([row for row, _ in pending]), self._tensor([place for _, place in pending])
+        tokens.index_copy_(0, rows, last.index_select(0, places).clamp_(min=0))
 
     def _rotation(self, kind: LayerKind) -> Rotation:
         cos, sin = rotary_table(kind.rope, self.model.config.head_dim, self.config.model_len)

@@ -10,11 +10,11 @@ import math
 import struct
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from cloud_engine.engine.draw import Draw, has_penalty
 from shared.schemas import Sampling
 
 FAILED = -1
@@ -34,36 +34,19 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Row(Protocol):
-    """What a row of logits is drawn for: a sequence, or one with a part of its draft."""
-
-    @property
-    def sampling(self) -> Sampling: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def tokens(self) -> List[int]: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def output(self) -> List[int]: ...
-    @property
-    def num_output(self) -> int: ...
-
-
-def sample(logits: Tensor, sequences: List[Row]) -> list[Sampled]:
+def sample(logits: Tensor, draws: List[Draw]) -> list[Sampled]:
     """One token for each row of `logits` [n, vocab], which is not changed."""
-    logits = _penalised(logits.float(), sequences)
+    logits = _penalised(logits.float(), draws)
     best, tokens = logits.max(dim=-1)
-    drawn = [index for index, seq in enumerate(sequences) if seq.sampling.temperature > 0]
+    drawn = [index for index, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if drawn:
         rows = logits[drawn] - best[drawn, None]
-        tokens[drawn] = _draw(rows, [sequences[index] for index in drawn])
+        tokens[drawn] = _draw(rows, [draws[index] for index in drawn])
     chosen = torch.where(best.isfinite(), tokens, FAILED).tolist()
     sampled = [Sampled(token) for token in chosen]
-    for index, seq in enumerate(sequences):
-        if seq.sampling.logprobs is not None and chosen[index] != FAILED:
-            sampled[index] = _with_logprobs(logits[index], chosen[index], seq.sampling.logprobs)
+    for index, draw in enumerate(draws):
+        if draw.sampling.logprobs is not None and chosen[index] != FAILED:
+            sampled[index] = _with_logprobs(logits[index], chosen[index], draw.sampling.logprobs)
     return sampled
 
 
@@ -73,34 +56,30 @@ def uniform(seed: int, position: int) -> float:
     return int.from_bytes(digest, "little") / (1 << 48)
 
 
-def _penalised(logits: Tensor, sequences: List[Row]) -> Tensor:
-    rows = [index for index, seq in enumerate(sequences) if _has_penalty(seq.sampling)]
+def _penalised(logits: Tensor, draws: List[Draw]) -> Tensor:
+    rows = [index for index, draw in enumerate(draws) if has_penalty(draw.sampling)]
     if rows:
         logits = logits.clone()
     for index in rows:
-        _penalise(logits[index], sequences[index])
+        _penalise(logits[index], draws[index])
     return logits
 
 
-def _has_penalty(sampling: Sampling) -> bool:
-    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-
-
-def _penalise(row: Tensor, sequence: Row) -> None:
+def _penalise(row: Tensor, draw: Draw) -> None:
     """In place. Repetition counts prompt and output and scales; presence and frequency count output and subtract."""
-    sampling = sequence.sampling
-    seen = row.new_tensor(sequence.tokens, dtype=torch.int64)
+    sampling, output = draw.sampling, draw.output
+    seen = row.new_tensor(draw.seen, dtype=torch.int64)
     scale = torch.where(row[seen] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
     row[seen] = row[seen] * scale
-    if sequence.num_output:
-        counts = torch.bincount(row.new_tensor(sequence.output, dtype=torch.int64), minlength=row.shape[0])
+    if output:
+        counts = torch.bincount(row.new_tensor(output, dtype=torch.int64), minlength=row.shape[0])
         row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
 
 
-def _draw(logits: Tensor, sequences: List[Row]) -> Tensor:
+def _draw(logits: Tensor, draws: List[Draw]) -> Tensor:
     """Rows relative to their best logit, so that no temperature overflows. Inverse of the cumulative distribution, in
     float64 and in order of token id, at the sequence's own uniform number."""
-    settings = [seq.sampling for seq in sequences]
+    settings = [draw.sampling for draw in draws]
     logits = logits / _column([max(item.temperature, COLDEST) for item in settings], logits)
     if any(item.top_k or item.top_p < 1 for item in settings):
         logits = _top_k_top_p(logits, settings)
@@ -108,7 +87,7 @@ def _draw(logits: Tensor, sequences: List[Row]) -> Tensor:
         floors = [math.log(item.min_p) if item.min_p else -math.inf for item in settings]
         logits = logits.masked_fill(logits < _column(floors, logits), -math.inf)
     cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
-    points = torch.tensor([[uniform(seq.seed, seq.num_tokens)] for seq in sequences], dtype=torch.float64)
+    points = torch.tensor([[uniform(draw.seed, draw.position)] for draw in draws], dtype=torch.float64)
     # Right of the point is the first token whose own probability is not zero; u < 1 keeps it inside.
     return torch.searchsorted(cumulative, points.to(logits.device) * cumulative[:, -1:], right=True)[:, 0]
 

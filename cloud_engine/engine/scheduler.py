@@ -8,26 +8,38 @@ be recomputed (its output is kept). It is never one that is part of the step alr
 
 from bisect import insort
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 from cloud_engine.engine.blocks import BlockPool
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.draw import Draw
 from cloud_engine.engine.order import OUTPUT_WEIGHT, WaitingQueue, rank
 from cloud_engine.engine.sequence import Ending, Sequence, State
 from shared.errors import ContextTooLong, Overloaded, RequestConflict
+
+PLACEHOLDER = 0
+"""Stands for a token that only the device knows yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """Compute `count` tokens of a sequence, from position `start` on; if that reaches the end, sample the next one, and
-    one after each token of `draft`: the same step computes those too, as if they were known to follow."""
+    one after each token of `draft`: the same step computes those too, as if they were known to follow. For `previous`
+    see `Chunk`."""
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
     draft: tuple[int, ...] = ()
+    previous: int | None = None
+
+    @property
+    def waits(self) -> bool:
+        """No step can be scheduled before this one is settled."""
+        return bool(self.draft) or self.sequence.waits
 
     @property
     def rows(self) -> int:
@@ -37,8 +49,20 @@ class Work:
     def chunk(self) -> Chunk:
         """What the device needs to know of it."""
         tokens = self.sequence.tokens[self.start : self.start + self.count]
-        table = self.sequence.block_table
-        return Chunk([*tokens, *self.draft], self.start, table, len(self.draft) + self.samples)
+        if self.previous is not None:
+            tokens = [PLACEHOLDER]
+        table = list(self.sequence.block_table)
+        return Chunk([*tokens, *self.draft], self.start, table, len(self.draft) + self.samples, self.previous)
+
+    def draws(self) -> list[Draw]:
+        """How the tokens after these are drawn, one for each row of logits that is wanted."""
+        sequence, end = self.sequence, self.start + self.count
+        return [
+            Draw(
+                sequence.sampling, sequence.seed, end + right, sequence.tokens, sequence.num_prompt, self.draft[:right]
+            )
+            for right in range(self.samples + len(self.draft))
+        ]
 
 
 @dataclass(slots=True)
@@ -92,16 +116,20 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def schedule(self) -> list[Work]:
-        """Pick the next step and count it as computed: whoever calls this runs it before calling again."""
+        """Pick the next step and count it as computed: whoever calls this launches it before calling again.
+
+        One launched step may be unsettled meanwhile, if no work of it `waits`. The device computes steps in the order
+        of their launch: that is why blocks may be published or handed to others while a step that writes them is still
+        under way."""
         self._make_way()
         budget, work = self.config.max_num_batched_tokens, list[Work]()
-        lacking = [_lacking(sequence) for sequence in self.running]
-        decodes, spare = lacking.count(1), budget - sum(lacking)
+        due = [sequence.num_due for sequence in self.running]
+        decodes, spare = due.count(1), budget - sum(due)
         preempted, turn = self.counters.preemptions, 0
         while budget and turn < len(self.running):
             sequence = self.running[turn]
-            decodes -= lacking[turn] == 1
-            count = min(lacking[turn], budget - decodes)
+            decodes -= due[turn] == 1
+            count = min(due[turn], budget - decodes)
             turn += 1
             if count < 1:
                 continue
@@ -113,11 +141,12 @@ class Scheduler:
             budget -= work[-1].rows
         while budget and self.counters.preemptions == preempted:
             first = self.waiting.first()
-            if first is None or not self._admit(first):
+            if first is None or first.num_pending or not self._admit(first):
                 break
-            count = min(_lacking(first), budget)
+            count = min(first.num_due, budget)
             work.append(self._advance(first, count, self._affordable(first, count, budget - count)))
             budget -= work[-1].rows
+        _number_samples(work)
         return work
 
     def settle(self, work: Iterable[Work], tokens: Iterable[list[int]]) -> list[int]:
@@ -129,6 +158,7 @@ class Scheduler:
 
     def _settle(self, item: Work, sampled: list[int]) -> int:
         sequence = item.sequence
+        sequence.num_pending -= 1
         if sequence.state is State.FINISHED:
             return 0
         known, ending, taken = sequence.num_tokens, None, 0
@@ -138,6 +168,8 @@ class Scheduler:
             taken += 1
         self._keep_computed(sequence, known, len(sampled) - 1)
         self.waiting.charge(sequence, OUTPUT_WEIGHT * taken)
+        if self.config.prefix_caching:
+            self._publish(sequence)
         self.counters.drafted_tokens += len(item.draft)
         self.counters.accepted_tokens += len(sampled) - 1
         if ending is not None:
@@ -149,8 +181,6 @@ class Scheduler:
         are written again by what comes instead. A sequence preempted since has nothing to keep."""
         if accepted and sequence.num_computed == known:
             sequence.num_computed += min(accepted, sequence.num_tokens - known)
-            if self.config.prefix_caching:
-                self._publish(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """End a sequence in whatever state it is; False if there is none of this id any more."""
@@ -192,7 +222,7 @@ class Scheduler:
         """The part of a draft that is checked if `count` tokens are computed: what can be output still, within rows
         and blocks that nobody else needs."""
         length = sequence.num_tokens
-        if not sequence.draft or sequence.num_computed + count < length:
+        if not sequence.draft or sequence.num_computed + count != length:
             return ()
         draft = sequence.draft[: max(0, min(spare, sequence.max_tokens - sequence.num_output - 1))]
         table = sequence.block_table
@@ -204,18 +234,23 @@ class Scheduler:
     def _advance(self, sequence: Sequence, count: int, draft: tuple[int, ...] = ()) -> Work:
         start = sequence.num_computed
         sequence.num_computed += count
-        samples = sequence.num_computed == sequence.num_tokens
+        previous = sequence.sample if sequence.num_computed > sequence.num_tokens else None
+        samples = sequence.num_computed >= sequence.num_tokens
+        sequence.num_pending += samples
         self.counters.chunks += not samples
         if self.config.prefix_caching:
             self._publish(sequence)
         if samples:
             sequence.draft = ()
-        return Work(sequence, start, count, samples, draft)
+        return Work(sequence, start, count, samples, draft, previous)
 
     def _publish(self, sequence: Sequence) -> None:
         """Make the blocks that this step fills findable at once, for sequences of the same step too. That is sound
-        because attention writes every key and value of a layer before it reads any."""
-        full = sequence.num_computed // self.config.block_size
+        because attention writes every key and value of a layer before it reads any. A block with a pending token has
+        no hash yet."""
+        full = min(sequence.num_computed, sequence.num_tokens) // self.config.block_size
+        if full <= sequence.num_published:
+            return
         hashes = sequence.hashes(full, self.config.block_size)
         for index in range(sequence.num_published, full):
             self.pool.publish(sequence.block_table[index], hashes[index])
@@ -289,6 +324,10 @@ class Scheduler:
             self.counters.prefix_query_tokens += sequence.num_prompt
 
 
-def _lacking(sequence: Sequence) -> int:
-    """Tokens not computed yet: 1 while it decodes."""
-    return sequence.num_tokens - sequence.num_computed
+def _number_samples(work: List[Work]) -> None:
+    """Tell each sequence where the device will find its first sample of this step."""
+    place = 0
+    for item in work:
+        if item.samples:
+            item.sequence.sample = place
+            place += 1 + len(item.draft)

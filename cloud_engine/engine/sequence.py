@@ -52,6 +52,12 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
+    waits: bool = False
+    """Its next token depends on its last one in ways that only the host knows: no step runs ahead of it."""
+    num_pending: int = 0
+    """Tokens sampled by steps that are launched and not settled."""
+    sample: int = 0
+    """Its place among those that its latest step samples."""
     state: State = State.WAITING
     ending: Ending | None = None
 
@@ -69,6 +75,12 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def num_due(self) -> int:
+        """How many tokens its next step can compute, pending ones among them. None once the last is pending."""
+        pending = self.num_pending if self.num_output + self.num_pending < self.max_tokens else 0
+        return self.num_tokens + pending - self.num_computed
 
     def hashes(self, count: int, block_size: int) -> list[bytes]:
         """Chained hashes of the first `count` blocks, each full. Tokens never change, so each is computed once."""

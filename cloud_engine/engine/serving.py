@@ -163,6 +163,7 @@ class EngineAnswer:
                 self._end = partial(UpstreamFailed, f"the engine failed: {type(error).__name__}")
         # Nothing arrives once `_end` is set, so these are all that could be waiting.
         self._deliver([(live, self._end()) for live in (*self._live.values(), *self._arriving) if self._end])
+        self._engine.close()
 
     def _obey(self) -> bool:
         """Sleep until there is something to do; take in who came, drop who left. False if the engine is to stop."""

@@ -29,6 +29,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "max_num_batched_tokens": 77,
         "max_waiting": 5,
         "prefix_caching": False,
+        "async_depth": 1,
         "dtype": "bfloat16",
         "device": "cuda",
     }
@@ -44,6 +45,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         max_num_batched_tokens=77,
         max_waiting=5,
         prefix_caching=False,
+        async_depth=1,
         dtype="bfloat16",
         device="cuda",
     )

@@ -5,20 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud_engine.engine.draw import Draw
 from cloud_engine.engine.sampler import FAILED, sample, uniform
-from cloud_engine.engine.sequence import Sequence
 from shared.schemas import Sampling
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -3.0]
 DRAWS = 20_000
 
 
-def sequence(sampling: Sampling, *, prompt=(1,), output=(), seed=0) -> Sequence:
-    made = Sequence(
-        id="s", tokens=list(prompt), sampling=sampling, max_tokens=99, seed=seed, stop_ids=frozenset(), root=b""
-    )
-    made.tokens.extend(output)
-    return made
+def sequence(sampling: Sampling, *, prompt=(1,), output=(), seed=0) -> Draw:
+    tokens = [*prompt, *output]
+    return Draw(sampling, seed, len(tokens), tokens, len(prompt))
 
 
 def pick(logits, sampling: Sampling, **changes) -> int:

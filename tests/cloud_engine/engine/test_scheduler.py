@@ -50,8 +50,8 @@ def check_pool(scheduler: Scheduler) -> None:
     assert len(scheduler.running) <= limits.max_num_seqs
     assert set(scheduler.running) | set(scheduler.waiting) == set(scheduler.live.values())
     for seq in scheduler.live.values():
-        assert seq.num_computed <= seq.num_tokens <= limits.model_len
-        assert seq.num_published * limits.block_size <= seq.num_computed
+        assert seq.num_computed <= seq.num_tokens + seq.num_pending <= limits.model_len
+        assert seq.num_published * limits.block_size <= min(seq.num_computed, seq.num_tokens)
         assert len(seq.block_table) == len(set(seq.block_table))
         assert len(seq.block_table) * limits.block_size >= seq.num_computed
         assert (seq.state is State.RUNNING) == (seq in scheduler.running)
@@ -64,12 +64,13 @@ class FakeModel:
     def __init__(self, limits: EngineConfig) -> None:
         self.limits = limits
         self.slots: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        self.last: list[int] = []
 
     def run(self, work: list[Work], rng: random.Random, vocabulary: int) -> list[list[int]]:
         size = self.limits.block_size
         written: list[int] = []
         for item in work:
-            seq, tokens = item.sequence, [*item.sequence.tokens[: item.start + item.count], *item.draft]
+            seq, tokens = item.sequence, [*self.tokens(item)[: item.start + item.count], *item.draft]
             for position in range(item.start, len(tokens)):
                 slot = seq.block_table[position // size] * size + position % size
                 written.append(slot)
@@ -79,10 +80,17 @@ class FakeModel:
             seq = item.sequence
             for position in range(item.start + item.count):
                 slot = seq.block_table[position // size] * size + position % size
-                assert self.slots[slot] == (seq.root, tuple(seq.tokens[: position + 1]))
-        return [
+                assert self.slots[slot] == (seq.root, self.tokens(item)[: position + 1])
+        sampled = [
             [*item.draft[: rng.randint(0, len(item.draft))], rng.randrange(vocabulary)] for item in work if item.samples
         ]
+        self.last = [tokens[0] for tokens in sampled]
+        return sampled
+
+    def tokens(self, item: Work) -> tuple[int, ...]:
+        """All that the device knows, the token that the step before sampled included."""
+        pending = [] if item.previous is None else [self.last[item.previous]]
+        return (*item.sequence.tokens, *pending)
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,6 +150,84 @@ def step(scheduler: Scheduler, model: FakeModel, rng: random.Random, drafts: int
     check_pool(scheduler)
     assert all(seq.output[: len(before)] == before for seq, before in outputs.items()), "an output token was lost"
     return work
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), num_blocks=st.integers(17, 50), budget=st.integers(8, 40), caching=st.booleans())
+def test_steps_may_be_settled_one_late(seed, num_blocks, budget, caching):
+    """Scheduled while the step before is unsettled, under aborts at any time: every slot holds what its reader means,
+    blocks are conserved, and every request ends once, with the tokens that its own steps sampled."""
+    late = LateTraffic(seed, config(num_blocks=num_blocks, max_num_batched_tokens=budget, prefix_caching=caching))
+    late.run(150)
+    assert not late.scheduler.live
+    assert late.scheduler.pool.num_free == num_blocks - 1
+    assert all(seq.output == late.sampled[seq][: seq.num_output] for seq in late.sampled)
+    assert all(seq.num_output <= seq.max_tokens for seq in late.sampled)
+    assert all(seq.num_pending == 0 for seq in late.sampled)
+
+
+def test_late_settling_really_meets_every_case():
+    """The property above is not vacuous: tokens of steps in flight belong to sequences that ended, were aborted or
+    preempted, blocks with pending tokens fill up, and prefixes are hit."""
+    seen: Counter[str] = Counter()
+    for seed in range(6):
+        late = LateTraffic(seed, config(num_blocks=17 + seed, max_num_batched_tokens=12))
+        late.run(200)
+        seen.update(late.seen)
+        seen["hit"] += late.scheduler.counters.prefix_hit_tokens
+    assert set(seen) == {"surplus", "aborted", "preempted", "filled", "hit"}
+
+
+class LateTraffic:
+    """Random requests on a scheduler whose every step is settled after the next one was launched."""
+
+    def __init__(self, seed: int, limits: EngineConfig) -> None:
+        self.rng = random.Random(seed)
+        self.scheduler, self.model = Scheduler(limits), FakeModel(limits)
+        self.sampled: dict[Sequence, list[int]] = {}
+        self.launched: list[tuple[list[Work], list[list[int]]]] = []
+        self.seen: Counter[str] = Counter()
+
+    def run(self, steps: int) -> None:
+        trunk = [self.rng.randrange(6) for _ in range(40)]
+        for number in range(steps):
+            if self.rng.random() < 0.4:
+                prompt = trunk[: self.rng.randrange(1, 30)] + [number % 6] * self.rng.randrange(1, 9)
+                new = sequence(str(number), prompt, max_tokens=self.rng.randrange(1, 24))
+                self.scheduler.add(new)
+                self.sampled[new] = []
+            self.step(aborts=True)
+        for _ in range(4000):
+            if not (self.scheduler.live or self.launched):
+                return
+            self.step(aborts=False)
+        pytest.fail("no progress with live sequences")
+
+    def step(self, *, aborts: bool) -> None:
+        work = self.scheduler.schedule()
+        check_pool(self.scheduler)
+        if work:
+            self.launched.append((work, self.model.run(work, self.rng, EOS + 1)))
+        full = self.scheduler.config.block_size
+        self.seen["filled"] += sum(item.previous is not None and (item.start + 1) % full == 0 for item in work)
+        if aborts and self.launched and self.rng.random() < 0.2:
+            target = self.rng.choice(self.launched[-1][0]).sequence
+            self.seen["aborted"] += self.scheduler.abort(target.id)
+            assert not self.scheduler.abort(target.id)
+            check_pool(self.scheduler)
+        if self.launched and (len(self.launched) > 1 or not work):
+            self.settle(*self.launched.pop(0))
+
+    def settle(self, work: list[Work], tokens: list[list[int]]) -> None:
+        sampling = [item.sequence for item in work if item.samples]
+        states = [seq.state for seq in sampling]
+        taken = self.scheduler.settle(work, tokens)
+        check_pool(self.scheduler)
+        for seq, state, [token], count in zip(sampling, states, tokens, taken, strict=True):
+            assert count == (state is not State.FINISHED)
+            self.sampled[seq] += [token] * count
+            self.seen["surplus"] += not count and seq.ending == "stop"
+            self.seen["preempted"] += state is State.PREEMPTED
 
 
 def test_random_traffic_really_shares_preempts_chunks_and_drafts():
