@@ -1,0 +1,134 @@
+"""What in a text is personal or secret, and where. Linear in the text; what cannot be checked counts as found.
+
+One pass over all patterns at once (RE2's set) says which kinds a text could hold at all: most texts hold none and are
+done. Only those kinds are then searched for, and their candidates checked.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import re2
+
+from router.privacy.forms import Form, Plain, TooMany, forms
+from router.privacy.kinds import REGIONS, Kind, kinds
+
+MAX_CHARS: Final = 200_000
+MAX_FINDINGS: Final = 1000
+CONTEXT_CHARS: Final = 48
+MAX_WORDS: Final = 5000
+MAX_WORD_CHARS: Final = 128
+
+
+class Undecided(Exception):
+    """The text cannot be said to be clean: too long, or too much of it encoded. Whoever asked must take it for
+    private."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Finding:
+    """Characters `start` to `end` of the text are of `kind`."""
+
+    start: int
+    end: int
+    kind: str
+    secret: bool = False
+
+
+class Detector:
+    """`words` are the administrator's own: matched as whole words in any case, reported as kind `word`. Raises
+    ValueError naming what is wrong with them, or with a kind or region that does not exist."""
+
+    def __init__(
+        self, *, regions: Sequence[str] = REGIONS, only: Iterable[str] | None = None, words: Sequence[str] = ()
+    ) -> None:
+        known = kinds(regions)
+        wanted = {kind.name for kind in known} if only is None else set(only)
+        if unknown := sorted(wanted - {kind.name for kind in known}):
+            raise ValueError(f"no kind {unknown[0]!r}; there are {', '.join(sorted({kind.name for kind in known}))}")
+        chosen = [kind for kind in known if kind.name in wanted]
+        self._kinds = (*chosen, Kind(name="word", pattern=_dictionary(words))) if words else tuple(chosen)
+        self._plain = Plain()
+        options = re2.Options()
+        options.log_errors = False
+        options.max_mem = 64 << 20
+        self._any = re2.Set.SearchSet(options)
+        for kind in self._kinds:
+            self._any.Add(kind.pattern)
+        self._any.Compile()
+        self._patterns = [re2.compile(kind.pattern, options) for kind in self._kinds]
+        options.case_sensitive = False
+        self._contexts = [re2.compile(kind.context, options) if kind.context else None for kind in self._kinds]
+
+    def find(self, text: str) -> list[Finding]:
+        """Findings in order, none overlapping another. Raises Undecided."""
+        if len(text) > MAX_CHARS:
+            raise Undecided(f"{len(text)} characters are more than the {MAX_CHARS} that are looked through")
+        try:
+            found = list(islice(self._all(text), MAX_FINDINGS + 1))
+        except TooMany:
+            raise Undecided("more encoded passages than are looked into") from None
+        if len(found) > MAX_FINDINGS:
+            raise Undecided(f"more than {MAX_FINDINGS} findings")
+        return _apart(found)
+
+    def _all(self, text: str) -> Iterator[Finding]:
+        for form in forms(text, self._plain):
+            yield from self._in_form(form)
+
+    def _in_form(self, form: Form) -> Iterator[Finding]:
+        raw = form.text.encode("utf-8", "surrogatepass")
+        for index in self._any.Match(raw) or ():
+            kind = self._kinds[index]
+            at = seen = 0  # the same place, in characters and in bytes
+            for start, end in self._of_kind(index, raw):
+                at, seen = at + _length(raw[seen:start]), start
+                yield Finding(*form.origin(at, at + _length(raw[start:end])), kind.name, kind.secret)
+
+    def _of_kind(self, index: int, raw: bytes) -> Iterator[tuple[int, int]]:
+        kind, context = self._kinds[index], self._contexts[index]
+        for number, match in enumerate(self._patterns[index].finditer(raw)):
+            start, end = match.span()
+            if context is not None and not context.search(_around(raw, start, end)):
+                continue
+            if number >= kind.checks or kind.accepts(raw[start:end].decode("utf-8", "surrogatepass")):
+                yield start, end
+
+
+def _around(raw: bytes, start: int, end: int) -> bytes:
+    """What stands right before a candidate and right after it; half a character at the cut hurts no pattern."""
+    return raw[max(0, start - CONTEXT_CHARS) : start] + b" " + raw[end : end + CONTEXT_CHARS // 2]
+
+
+def _length(raw: bytes) -> int:
+    """Characters of some UTF-8: bytes that continue none."""
+    return len(raw) if raw.isascii() else len(raw.decode("utf-8", "surrogatepass"))
+
+
+def _apart(found: list[Finding]) -> list[Finding]:
+    """Of findings that overlap, the secret before the other, then the longer, then the one whose kind is listed
+    first."""
+    kept: list[Finding] = []
+    for finding in sorted(found, key=lambda one: (not one.secret, one.start - one.end)):
+        place = bisect.bisect(kept, finding)
+        free_before = place == 0 or kept[place - 1].end <= finding.start
+        if free_before and (place == len(kept) or finding.end <= kept[place].start):
+            kept.insert(place, finding)
+    return kept
+
+
+def _dictionary(words: Sequence[str]) -> str:
+    if len(words) > MAX_WORDS:
+        raise ValueError(f"{len(words)} words are more than {MAX_WORDS}")
+    for word in words:
+        if not 2 <= len(word.strip()) <= MAX_WORD_CHARS:
+            raise ValueError(f"a word must have 2 to {MAX_WORD_CHARS} characters")
+    return "(?i)" + "|".join(_bounded(word.strip()) for word in words)
+
+
+def _bounded(word: str) -> str:
+    """RE2 knows the bounds of ASCII words only; other scripts often write none."""
+    first, last = (r"\b" if char.isascii() and char.isalnum() else "" for char in (word[0], word[-1]))
+    return first + str(re2.escape(word)) + last
