@@ -87,6 +87,9 @@ class CloudSettings(Settings):
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
     max_num_batched_tokens: Count = 0
     max_waiting: Annotated[int, Field(ge=1, le=1 << 20)] = 256
+    """Requests that may queue; of a full queue every tenant may still have an equal part."""
+    batch_patience: Annotated[int, Field(ge=1, le=1 << 40)] = 8192
+    """Tokens computed for interactive requests before one waiting batch request goes ahead of them."""
     prefix_caching: bool = True
     async_depth: Annotated[int, Field(ge=0, le=1)] | None = None
     """Steps launched before the last results are looked at; unset: 1 on a GPU, 0 on a CPU."""
@@ -134,6 +137,7 @@ class CloudSettings(Settings):
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,
+            batch_patience=self.batch_patience,
             prefix_caching=self.prefix_caching,
             async_depth=self.async_depth,
             dtype=self.dtype,

@@ -13,6 +13,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 class CausewayOptions(msgspec.Struct, forbid_unknown_fields=True):
     label: str = "free"
+    deadline_s: float | None = None
 
 
 class CommonBody(msgspec.Struct, kw_only=True):
@@ -32,6 +33,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
     causeway: CausewayOptions = msgspec.field(default_factory=CausewayOptions)
+    service_tier: str = "auto"
     user: str = ""
     metadata: dict[str, str] | None = None
     store: bool = False
@@ -42,7 +44,6 @@ class ChatBody(CommonBody, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    service_tier: str = "auto"
     safety_identifier: str = ""
     prompt_cache_key: str = ""
     prompt_cache_retention: str = ""

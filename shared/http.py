@@ -29,6 +29,7 @@ from shared.choices import merged
 from shared.errors import (
     BadRequest,
     CausewayError,
+    DeadlineExceeded,
     Internal,
     MethodNotAllowed,
     NotFound,
@@ -47,6 +48,8 @@ __all__ = ["Guard", "Tls", "check_bind", "create_app", "serve"]
 
 SEND_TIMEOUT = 60.0
 """Seconds a reader may leave a full socket unread before its request is given up."""
+DEADLINE_GRACE = 1.0
+"""Seconds beyond a request's deadline for its answer, or its error, to come."""
 MAX_CLIENT_ID = 120
 MAX_HEADER_VALUE = 256
 
@@ -155,14 +158,17 @@ class _Reply:
         self._started = False
 
     async def run(self, answer: Answer) -> None:
-        deltas = merged(answer, self._call.requests)
+        deltas, limit = merged(answer, self._call.requests), self._call.deadline_s
+        # Whoever answers keeps the deadline; one that does not is not waited for.
+        deadline = asyncio.timeout(None if limit is None else limit + DEADLINE_GRACE)
         try:
-            async with aclosing(deltas):
+            async with aclosing(deltas), deadline:
                 await (self._stream(deltas) if self._call.stream else self._whole(deltas))
         except SlowConsumer:
             raise  # no use to tell who does not read: the connection is cut
         except Exception as error:
-            await self.fail(typed(error, self._source))
+            late = DeadlineExceeded("the deadline has passed", source=self._source)
+            await self.fail(late if deadline.expired() else typed(error, self._source))
 
     async def fail(self, error: CausewayError) -> None:
         if self._started:

@@ -9,7 +9,8 @@
 - unknown: BadRequest.
 
 `null` means left out, as it does at OpenAI. Extensions: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, and
-`causeway: {"label": "edge_only"}`.
+`causeway: {"label": "edge_only", "deadline_s": 30}`. `service_tier` is `flex` for batch work, as OpenAI calls what may
+be slow; every other tier is interactive. It is known to `completions` too.
 """
 
 import re
@@ -32,7 +33,7 @@ from shared.bodies import (
     StreamOptions,
 )
 from shared.errors import BadRequest
-from shared.schemas import SEED_BITS, ChatRequest, Label, Message, Role, Sampling
+from shared.schemas import SEED_BITS, ChatRequest, Label, Message, Priority, Role, Sampling
 
 MAX_N = 8
 COMPLETION_MAX_TOKENS = 16
@@ -46,6 +47,13 @@ _ROLES: Mapping[str, Role] = {
     "user": "user",
     "assistant": "assistant",
     "tool": "tool",
+}
+_TIERS: Mapping[str, Priority] = {
+    "auto": "interactive",
+    "default": "interactive",
+    "priority": "interactive",
+    "scale": "interactive",
+    "flex": "batch",
 }
 
 
@@ -67,6 +75,10 @@ class Call:
     @property
     def model(self) -> str:
         return self.requests[0].model
+
+    @property
+    def deadline_s(self) -> float | None:
+        return self.requests[0].deadline_s
 
 
 _S = TypeVar("_S", bound=msgspec.Struct)
@@ -119,14 +131,20 @@ def _call(
         raise BadRequest(f"n must be at least 1 and at most {MAX_N}", param="n")
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
-    one = ChatRequest(
-        id=request_id,
-        model=body.model,
-        messages=messages,
-        prompt=prompt,
-        sampling=sampling,
-        label=_stricter(_label(body.causeway.label, "causeway.label"), _label(label or "free", "x-causeway-label")),
-    )
+    try:
+        one = ChatRequest(
+            id=request_id,
+            model=body.model,
+            messages=messages,
+            prompt=prompt,
+            sampling=sampling,
+            label=_stricter(_label(body.causeway.label, "causeway.label"), _label(label or "free", "x-causeway-label")),
+            priority=_priority(body.service_tier),
+            deadline_s=body.causeway.deadline_s,
+        )
+    except BadRequest as error:
+        error.param = {"deadline_s": "causeway.deadline_s"}.get(error.param or "", error.param)
+        raise
     options = body.stream_options or StreamOptions()
     return Call(kind=kind, requests=_fan_out(one, body.n), stream=body.stream, include_usage=options.include_usage)
 
@@ -197,6 +215,12 @@ def _label(value: str, param: str) -> Label:
     if value == "free":
         return "free"
     raise BadRequest("label must be edge_only or free", param=param)
+
+
+def _priority(tier: str) -> Priority:
+    if tier not in _TIERS:
+        raise BadRequest(f"service_tier must be one of {', '.join(_TIERS)}", param="service_tier")
+    return _TIERS[tier]
 
 
 def _stricter(one: Label, other: Label) -> Label:

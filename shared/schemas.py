@@ -24,6 +24,7 @@ MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 4096
 MAX_OUTPUT_TOKENS = 1 << 20
+MAX_DEADLINE_S = 86_400.0
 SEED_BITS = 63
 
 
@@ -81,6 +82,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One request, from any surface. Exactly one of `messages` (chat) and `prompt` (raw text, no template) is given.
 
     `id` is chosen by the client and is the idempotency key of the wire: the same id and body never run twice.
+    `deadline_s` counts from when the request has arrived at whoever answers it: what cannot be answered by then is not
+    computed, and ends with DeadlineExceeded.
     """
 
     id: str
@@ -89,6 +92,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     prompt: str | None = None
     sampling: Sampling = Sampling()
     label: Label = "free"
+    priority: Priority = "interactive"
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < len(self.id) <= 128 or not self.id.isascii() or not self.id.isprintable():
@@ -101,6 +106,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise BadRequest("prompt must not be empty", param="prompt")
         if len(self.messages) > MAX_MESSAGES:
             raise BadRequest(f"at most {MAX_MESSAGES} messages", param="messages")
+        _in_range("deadline_s", self.deadline_s, 0, MAX_DEADLINE_S, open_low=True)
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -145,6 +145,13 @@ BODIES: tuple[Body, ...] = (
     Body("top_logprobs huge", chat(logprobs=True, top_logprobs=10**6), "top_logprobs"),
     Body("logprobs a number", chat(logprobs=5), "logprobs"),
     Body("two token limits", chat(max_tokens=5, max_completion_tokens=6), "max_completion_tokens"),
+    Body("unknown tier", chat(service_tier="gold"), "service_tier"),
+    Body("tier a number", chat(service_tier=1), "service_tier"),
+    Body("unknown tier of a completion", completion(service_tier=""), "service_tier", path=COMPLETIONS),
+    *(
+        Body(f"deadline {literal}", chat(causeway={"deadline_s": literal}), "causeway.deadline_s")
+        for literal in (0, -1, 86401, "5", True)
+    ),
     Body("bad label", chat(causeway={"label": "secret"}), "causeway.label"),
     Body("bad label in the header", chat(), "x-causeway-label", headers={"x-causeway-label": "secret"}),
     Body("unknown extension", chat(causeway={"zap": 1}), "causeway.zap"),

@@ -90,11 +90,13 @@ class Stats:
 
     running: int = 1
     waiting: int = 2
+    waiting_batch: int = 1
     kv_blocks_used: int = 3
     kv_blocks_total: int = 4
     prefix_hit_tokens: int = 5
     prefix_query_tokens: int = 6
     preemptions: int = 7
+    expired: int = 9
     generated_tokens: int = 8
 
 

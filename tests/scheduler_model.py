@@ -1,5 +1,7 @@
 """What tests of the scheduler share: small limits, sequences, and steps without a model."""
 
+import math
+
 from cloud_engine.engine.blocks import chain_root
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.scheduler import Scheduler
@@ -19,6 +21,7 @@ def request(
     *,
     tenant: str = "",
     priority: Priority = "interactive",
+    deadline: float = math.inf,
 ) -> Sequence:
     """A sequence of `prompt` tokens, its own if only their number is given, that makes `output` more."""
     tokens = list(prompt) if isinstance(prompt, list) else [hash(name) % 1000 + 10] * prompt
@@ -32,6 +35,7 @@ def request(
         root=chain_root(tenant),
         tenant=tenant,
         priority=priority,
+        deadline=deadline,
     )
 
 

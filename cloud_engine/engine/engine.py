@@ -1,6 +1,8 @@
 """The engine: tokens in, tokens out. One call of `step` computes one batch. Synchronous, and owned by one thread."""
 
+import math
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as List
@@ -32,15 +34,17 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges (running, waiting, kv_blocks_*) and totals since the start."""
+    """Gauges (running, waiting*, kv_blocks_*) and totals since the start. `waiting_batch` is a part of `waiting`."""
 
     running: int = 0
     waiting: int = 0
+    waiting_batch: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
     preemptions: int = 0
+    expired: int = 0
     steps: int = 0
     generated_tokens: int = 0
     drafted_tokens: int = 0
@@ -58,12 +62,16 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(),
         identity: str = "",
         entropy: Callable[[], int] = lambda: secrets.randbits(63),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config: EngineConfig = runner.config
         self.runner = runner
         self.scheduler = Scheduler(self.config)
+        self.clock = clock
         self._device = device_for(runner)
-        self._launched: deque[tuple[list[Work], Result]] = deque()
+        self._launched: deque[tuple[list[Work], Result, float]] = deque()
+        self._free_at = 0.0
+        """When the device was last known to have done what it was given."""
         self.vocab_size = runner.model.config.vocab_size
         self._stop_ids = stop_ids
         self._identity = identity
@@ -78,9 +86,11 @@ class Engine:
         *,
         salt: str = "",
         priority: Priority = "interactive",
+        deadline: float = math.inf,
     ) -> Sequence:
-        """Queue a request. Raises BadRequest, ContextTooLong, Overloaded or RequestConflict; then nothing has changed.
-        `salt` is its tenant: only requests of the same one share cached prefixes, and tenants take turns."""
+        """Queue a request. Raises BadRequest, ContextTooLong, DeadlineExceeded, Overloaded or RequestConflict; then
+        nothing has changed. `salt` is its tenant: only requests of the same one share cached prefixes, and tenants take
+        turns. `deadline` is a time of `clock`."""
         if not tokens:
             raise BadRequest("the prompt has no tokens", param="prompt")
         if not all(0 <= token < self.vocab_size for token in tokens):
@@ -95,9 +105,10 @@ class Engine:
             root=chain_root(self._identity, self.config.kv_format, salt),
             tenant=salt,
             priority=priority,
+            deadline=deadline,
             waits=has_penalty(sampling),
         )
-        self.scheduler.add(sequence)
+        self.scheduler.add(sequence, self.clock())
         return sequence
 
     def abort(self, sequence_id: str) -> bool:
@@ -112,15 +123,20 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.scheduler.live or self._launched)
 
+    def expire(self) -> list[Sequence]:
+        """End the requests that cannot be answered by their deadline any more. To be called before each step."""
+        return self.scheduler.tick(self.clock())
+
     def step(self) -> list[Output]:
         """Schedule and launch a step, then settle: that step, or with `async_depth` 1 the one before, whose results
         have come in the meantime. Empty when nothing was due, or when only parts of prompts were computed."""
         outputs: list[Output] = []
-        if any(item.waits for work, _ in self._launched for item in work):
+        if any(item.waits for work, _, _ in self._launched for item in work):
             outputs += self._settle()
         if work := self.scheduler.schedule():
             draws = [draw for item in work for draw in item.draws()]
-            self._launched.append((work, self._device.launch([item.chunk() for item in work], draws)))
+            result = self._device.launch([item.chunk() for item in work], draws)
+            self._launched.append((work, result, self.clock()))
             self._steps += 1
         if self._launched and (not work or len(self._launched) > (self.config.async_depth or 0)):
             outputs += self._settle()
@@ -132,9 +148,12 @@ class Engine:
 
     def _settle(self) -> list[Output]:
         """Results of the oldest launched step, without those of sequences that ended since it was launched."""
-        work, result = self._launched.popleft()
+        work, result, launched = self._launched.popleft()
         sampling, rows = [item for item in work if item.samples], iter(result())
         sampled = [kept(item.draft, list(islice(rows, 1 + len(item.draft)))) for item in sampling]
+        now = self.clock()
+        self.scheduler.pace.observe(sum(item.rows for item in work), now - max(launched, self._free_at))
+        self._free_at = now
         taken = self.scheduler.settle(work, [[item.token for item in tokens] for tokens in sampled])
         self._generated += sum(taken)
         return [
@@ -148,11 +167,13 @@ class Engine:
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            waiting_batch=scheduler.waiting.num_batch,
             kv_blocks_used=scheduler.pool.num_used,
             kv_blocks_total=scheduler.pool.num_blocks - 1,
             prefix_hit_tokens=scheduler.counters.prefix_hit_tokens,
             prefix_query_tokens=scheduler.counters.prefix_query_tokens,
             preemptions=scheduler.counters.preemptions,
+            expired=scheduler.counters.expired,
             steps=self._steps,
             generated_tokens=self._generated,
             drafted_tokens=scheduler.counters.drafted_tokens,

@@ -8,7 +8,7 @@ request's worth. Within a tenant the order is that of arrival.
 """
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from cloud_engine.engine.sequence import Sequence
@@ -33,6 +33,7 @@ class FairQueue:
         self._stale: set[str] = set()
         self._last = ""
         """The tenant that was the last to have nothing waiting any more."""
+        self._backlog: Counter[str] = Counter()
         self._size = 0
 
     def __len__(self) -> int:
@@ -52,6 +53,10 @@ class FairQueue:
         """The tenant's counter: comparable with that of others only while both wait."""
         return self._served.get(tenant, 0)
 
+    def backlog(self, tenant: str) -> int:
+        """Tokens of the tenant's prompts that wait, all to be admitted before a new one of it."""
+        return self._backlog[tenant]
+
     def push(self, sequence: Sequence) -> None:
         tenant = sequence.tenant
         if tenant not in self._waiting:
@@ -61,6 +66,7 @@ class FairQueue:
             self._stale.add(tenant)
             self._forget()
         self._waiting[tenant][sequence] = None
+        self._backlog[tenant] += sequence.num_prompt
         self._size += 1
 
     def put_back(self, sequence: Sequence) -> None:
@@ -83,9 +89,10 @@ class FairQueue:
             return
         tenant = sequence.tenant
         del self._waiting[tenant][sequence]
+        self._backlog[tenant] -= sequence.num_prompt
         self._stale.add(tenant)
         if not self._waiting[tenant]:
-            del self._waiting[tenant]
+            del self._waiting[tenant], self._backlog[tenant]
             self._last = tenant
 
     def charge(self, tenant: str, tokens: int) -> None:

@@ -50,6 +50,10 @@ class WaitingQueue:
         """What part of `limit` places this tenant may take, were it to wait too."""
         return limit // (len(self._tenants) + (tenant not in self._tenants))
 
+    def backlog(self, sequence: Sequence) -> int:
+        """Tokens of the prompts that a new sequence waits for in any case."""
+        return self._lanes[sequence.priority].backlog(sequence.tenant)
+
     def push(self, sequence: Sequence) -> None:
         """A new sequence waits."""
         self._tenants[sequence.tenant] += 1

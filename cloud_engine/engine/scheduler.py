@@ -6,6 +6,7 @@ most. When blocks run out, the sequence of the worst rank gives its blocks back 
 be recomputed (its output is kept). It is never one that is part of the step already: those are of better rank.
 """
 
+import math
 from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as List
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from cloud_engine.engine.blocks import BlockPool
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.deadlines import Deadlines, Pace
 from cloud_engine.engine.draw import Draw
 from cloud_engine.engine.order import OUTPUT_WEIGHT, WaitingQueue, rank
 from cloud_engine.engine.sequence import Ending, Sequence, State
-from shared.errors import ContextTooLong, Overloaded, RequestConflict
+from shared.errors import ContextTooLong, DeadlineExceeded, Overloaded, RequestConflict
 
 PLACEHOLDER = 0
 """Stands for a token that only the device knows yet."""
@@ -77,6 +79,8 @@ class Counters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     """Of the drafted ones, those that were right."""
+    expired: int = 0
+    """Requests refused or ended because of their deadline."""
 
 
 class Scheduler:
@@ -90,10 +94,13 @@ class Scheduler:
         """Sorted by rank."""
         self.live: dict[str, Sequence] = {}
         self.counters = Counters()
+        self.pace = Pace(full=config.max_num_batched_tokens // 2)
+        self._deadlines = Deadlines()
         self._arrivals = 0
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Raises ContextTooLong for one that can never fit, Overloaded when the queue is full."""
+    def add(self, sequence: Sequence, now: float = 0.0) -> None:
+        """Queue a new sequence. Raises ContextTooLong for one that can never fit, Overloaded when the queue is full,
+        DeadlineExceeded for one that cannot even start in time."""
         limit, wanted = self.config.model_len, sequence.num_prompt + sequence.max_tokens
         if sequence.id in self.live:
             raise RequestConflict("a request with this id is running", param="id")
@@ -110,8 +117,13 @@ class Scheduler:
                 param="max_tokens",
             )
         self._check_room(sequence.tenant)
+        if sequence.deadline < math.inf and self._latest_start(sequence, self._sure_to_be_ahead(sequence)) <= now:
+            self.counters.expired += 1
+            raise DeadlineExceeded("the answer cannot begin before its deadline")
         self._arrivals += 1
         sequence.arrival = self._arrivals
+        if sequence.deadline < math.inf:
+            self._deadlines.watch(sequence, self._latest_start(sequence))
         self.live[sequence.id] = sequence
         self.waiting.push(sequence)
 
@@ -148,6 +160,21 @@ class Scheduler:
             budget -= work[-1].rows
         _number_samples(work)
         return work
+
+    def tick(self, now: float) -> list[Sequence]:
+        """End what has passed its deadline, or waits and cannot be computed any more by then. To be called before
+        each step, with a clock that does not go back; gives those that it ended."""
+        ended = []
+        for sequence in self._deadlines.due(now):
+            waits = sequence.state is State.WAITING
+            at = self._latest_start(sequence) if waits else sequence.deadline
+            if at > now:
+                self._deadlines.watch(sequence, at)
+            else:
+                self.finish(sequence, "deadline")
+                self.counters.expired += 1
+                ended.append(sequence)
+        return ended
 
     def settle(self, work: Iterable[Work], tokens: Iterable[list[int]]) -> list[int]:
         """Append the step's sampled tokens, a list for each work that samples (the part of its draft that was right,
@@ -207,6 +234,18 @@ class Scheduler:
         limit, held = self.config.max_waiting, self.waiting.of(tenant)
         if len(self.waiting) >= limit and held >= self.waiting.share(tenant, limit):
             raise Overloaded(f"{len(self.waiting)} requests are waiting already, {held} of yours", retry_after=1.0)
+
+    def _latest_start(self, sequence: Sequence, ahead: int = 0) -> float:
+        """When a sequence must be admitted at the latest for its first token to come before the deadline, if `ahead`
+        more tokens are to be computed first."""
+        cached = len(self._hit(sequence)) * self.config.block_size
+        return sequence.deadline - self.pace.least_seconds(sequence.num_tokens - cached + ahead)
+
+    def _sure_to_be_ahead(self, sequence: Sequence) -> int:
+        """Tokens to compute before this new sequence: of what its own tenant has waiting, the part that the prefix
+        cache is not likely to have."""
+        query, hit = self.counters.prefix_query_tokens, self.counters.prefix_hit_tokens
+        return int(self.waiting.backlog(sequence) * (1 - hit / query if query else 1))
 
     def _make_way(self) -> None:
         """A running batch sequence gives up its place to an interactive one that has none: at most one in a step, and

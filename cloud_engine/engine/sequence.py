@@ -1,5 +1,6 @@
 """One request inside the engine: its tokens, how many of them are computed, and which blocks hold them."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 from cloud_engine.engine.blocks import chain_hash
 from shared.schemas import Priority, Sampling
 
-Ending = Literal["stop", "length", "cancelled", "error"]
+Ending = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class State(Enum):
@@ -37,6 +38,8 @@ class Sequence:
     tenant: str = ""
     """Whom its service is counted for: see `fairness`."""
     priority: Priority = "interactive"
+    deadline: float = math.inf
+    """When, by the engine's clock, an answer is of no use any more."""
 
     num_prompt: int = field(init=False)
     num_computed: int = 0

@@ -7,6 +7,7 @@ and leave (two deques under a condition), the other way, once a step, all that i
 import asyncio
 import contextlib
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 from cloud_engine.engine.build import build
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine, EngineStats, Output
+from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.stream import TextStream
 from cloud_engine.model.tokenizer import Tokenizer
 from shared.errors import CausewayError, ContextTooLong, DeadlineExceeded, Internal, Overloaded, UpstreamFailed
@@ -36,6 +38,7 @@ class _Live:
     request: ChatRequest
     tokens: list[int]
     salt: str
+    deadline: float
     text: TextStream
     deltas: asyncio.Queue[Delta | CausewayError] = field(default_factory=asyncio.Queue)
 
@@ -90,10 +93,12 @@ class EngineAnswer:
         return None if self._end is None else self._end()
 
     async def answer(self, request: ChatRequest, *, salt: str = "") -> AsyncGenerator[Delta, None]:
-        """Deltas of one request. Only requests of the same `salt` (a tenant) share cached prefixes."""
+        """Deltas of one request. Only requests of the same `salt` (a tenant) share cached prefixes, and tenants take
+        turns."""
+        deadline = self._engine.clock() + (math.inf if request.deadline_s is None else request.deadline_s)
         tokens = await self._encode(request)
         text = TextStream(self._tokenizer, request.sampling, len(tokens))
-        live = _Live(str(next(self._ids)), request, tokens, salt, text)
+        live = _Live(str(next(self._ids)), request, tokens, salt, deadline, text)
         self._submit(live)
         try:
             while True:
@@ -119,12 +124,13 @@ class EngineAnswer:
         if self._encoding >= self._engine.config.max_waiting:
             raise Overloaded(f"{self._encoding} prompts are waiting to be tokenised", retry_after=1.0)
         self._encoding += 1
+        limit_s = min(ENCODE_TIMEOUT_S, request.deadline_s or math.inf)
         try:
             loop = asyncio.get_running_loop()
-            async with asyncio.timeout(ENCODE_TIMEOUT_S):
+            async with asyncio.timeout(limit_s):
                 return await loop.run_in_executor(self._encoder, self._tokens, request)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the prompt was not tokenised in {ENCODE_TIMEOUT_S:.0f} s") from error
+            raise DeadlineExceeded(f"the prompt was not tokenised in {limit_s:g} s") from error
         finally:
             self._encoding -= 1
 
@@ -181,9 +187,14 @@ class EngineAnswer:
         return True
 
     def _step(self) -> list[tuple[_Live, Delta | CausewayError]]:
+        expired = [self._give_up(sequence) for sequence in self._engine.expire()]
         deltas = [self._take(output) for output in self._engine.step()]
         self._stats = self._engine.stats()
-        return [delta for delta in deltas if delta is not None]
+        return expired + [delta for delta in deltas if delta is not None]
+
+    def _give_up(self, sequence: Sequence) -> tuple[_Live, DeadlineExceeded]:
+        begun = "after" if sequence.num_output else "before"
+        return self._live.pop(sequence.id), DeadlineExceeded(f"the deadline has passed, {begun} the first token")
 
     def _take(self, output: Output) -> tuple[_Live, Delta | CausewayError] | None:
         live = self._live.get(output.sequence.id)
@@ -201,7 +212,14 @@ class EngineAnswer:
 
     def _admit(self, live: _Live) -> None:
         try:
-            self._engine.add(live.id, live.tokens, live.request.sampling, salt=live.salt)
+            self._engine.add(
+                live.id,
+                live.tokens,
+                live.request.sampling,
+                salt=live.salt,
+                priority=live.request.priority,
+                deadline=live.deadline,
+            )
         except CausewayError as error:
             self._deliver([(live, error)])
         else:

@@ -1,7 +1,8 @@
 """OpenAI's `chat/completions` and `completions` from a client's side: a ChatRequest as a body, chunks as Deltas.
 
 No I/O. Fields that OpenAI does not define (`top_k`, `min_p`, `repetition_penalty`, `ignore_eos`) are sent only where a
-request sets them, since not every server knows them; so is `top_p`, because TGI refuses 1.
+request sets them, since not every server knows them; so is `top_p`, because TGI refuses 1, and the `service_tier` of
+batch work.
 """
 
 from typing import Annotated, Any
@@ -44,6 +45,7 @@ def fields_of(request: ChatRequest, model: str, context_length: int) -> dict[str
         "stream_options": {"include_usage": True},
         "temperature": sampling.temperature,
         **_set(sampling),
+        **({"service_tier": "flex"} if request.priority == "batch" else {}),
     }
     if request.prompt is None:
         messages = [{"role": one.role, "content": one.content, "name": one.name} for one in request.messages]

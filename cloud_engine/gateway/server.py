@@ -30,9 +30,10 @@ PROMPT_CHARS_PER_TOKEN = 4
 UNBOUNDED_OUTPUT = 512
 """Tokens reserved for a request that names no `max_tokens`; settled by what it uses."""
 
-_GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total")
+_GAUGES = ("running", "waiting", "waiting_batch", "kv_blocks_used", "kv_blocks_total")
 _COUNTERS = (
-    "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "generated_tokens", "drafted_tokens", "accepted_tokens",
+    "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "expired",
+    "generated_tokens", "drafted_tokens", "accepted_tokens",
 )  # fmt: skip
 
 

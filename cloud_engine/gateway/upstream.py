@@ -10,6 +10,7 @@ configured address and nowhere else.
 import asyncio
 import contextlib
 import hashlib
+import math
 import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -156,7 +157,8 @@ class Upstream:
         self, lane: "_Lane", request: ChatRequest, fields: dict[str, Any], reader: ChunkReader
     ) -> AsyncGenerator[Delta, None]:
         clock = asyncio.get_running_loop().time
-        give_up = clock() + self._timeouts.first_token
+        late = clock() + (math.inf if request.deadline_s is None else request.deadline_s)
+        give_up = min(late, clock() + self._timeouts.first_token)
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
         headers |= {"x-request-id": request.id} if _PLAIN_ID.fullmatch(request.id) else {}
         async with self._in_time(give_up):
@@ -174,7 +176,7 @@ class Upstream:
                 for event in events.feed(piece):
                     if not reader.done and (delta := reader.read(event)) is not None:
                         yield delta
-                    give_up = clock() + self._timeouts.idle if reader.tokens else give_up
+                    give_up = min(late, clock() + self._timeouts.idle) if reader.tokens else give_up
             yield reader.last()
             lane.clean = await _at_end(pieces)
         finally:

@@ -10,6 +10,7 @@ from fakes import EchoAnswer, ScriptedAnswer
 from prometheus_client import CollectorRegistry, Counter
 from serving import served
 
+from shared import http as http_module
 from shared.errors import (
     BY_CODE,
     CausewayError,
@@ -398,3 +399,26 @@ async def test_overload_is_told_with_when_to_come_back() -> None:
             reply = await http.post(CHAT, content=chat(), headers={"content-type": "application/json"})
             assert reply.status_code == error.status
             assert int(reply.headers["retry-after"]) >= 1
+
+
+JSON = {"content-type": "application/json"}
+
+
+async def test_an_answer_that_does_not_keep_its_deadline_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """504 before the first token, an explicit error event after it; the answer is closed in both cases."""
+    monkeypatch.setattr(http_module, "DEADLINE_GRACE", 0.0)
+    never = asyncio.Event()
+    scripted = ScriptedAnswer(never)
+    body = chat(causeway={"deadline_s": 0.05}, stream=True)
+    async with surface(scripted) as port, client(port) as http:
+        early = await http.post(CHAT, headers=JSON, content=body)
+        scripted.script = (Delta(text="one", tokens=1), never)
+        late = await http.post(CHAT, headers=JSON, content=body)
+        await scripted.idle()
+        scripted.script = (TimeoutError("an answer's own"),)
+        own = await http.post(CHAT, headers=JSON, content=chat(causeway={"deadline_s": 60}))
+    assert (early.status_code, early.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert late.status_code == 200
+    assert '"code":"deadline_exceeded"' in late.text
+    assert "[DONE]" not in late.text
+    assert own.json()["error"]["code"] == "internal"

@@ -54,7 +54,8 @@ def test_every_field_reaches_the_request() -> None:
             logprobs=True,
             top_logprobs=3,
             ignore_eos=True,
-            causeway={"label": "edge_only"},
+            service_tier="flex",
+            causeway={"label": "edge_only", "deadline_s": 2},
         ),
         request_id="r",
     )
@@ -67,6 +68,7 @@ def test_every_field_reaches_the_request() -> None:
         Message(role="assistant", content="c"),
     )
     assert request.label == "edge_only"
+    assert (request.priority, request.deadline_s, call.deadline_s) == ("batch", 2.0, 2.0)
     assert request.sampling == Sampling(
         temperature=0,
         top_p=0.5,
@@ -91,7 +93,7 @@ def test_fields_that_cannot_change_the_answer_are_accepted() -> None:
             user="u",
             metadata={"a": "b"},
             store=True,
-            service_tier="flex",
+            service_tier="priority",
             safety_identifier="s",
             prompt_cache_key="k",
             prompt_cache_retention="24h",
@@ -116,6 +118,7 @@ def test_fields_that_cannot_change_the_answer_are_accepted() -> None:
         request_id="r",
     )
     assert noisy == plain
+    assert parse_completion(completion(service_tier="flex"), request_id="r").requests[0].priority == "batch"
     text = parse_completion(completion(echo=False, best_of=1, suffix=None, logit_bias=None, user="u"), request_id="r")
     assert text == parse_completion(completion(prompt=["Hello"]), request_id="r")
 

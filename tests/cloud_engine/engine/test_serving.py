@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable
 from contextlib import aclosing, asynccontextmanager
@@ -11,7 +12,15 @@ from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import EngineStats
 from cloud_engine.engine.serving import EngineAnswer, load_engine
 from cloud_engine.model.tokenizer import Tokenizer
-from shared.errors import BadRequest, ContextTooLong, DeadlineExceeded, Internal, Overloaded, UpstreamFailed
+from shared.errors import (
+    BadRequest,
+    CausewayError,
+    ContextTooLong,
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    UpstreamFailed,
+)
 from shared.schemas import ChatRequest, Message, Sampling
 
 LONG = Sampling(temperature=0, max_tokens=200, ignore_eos=True)
@@ -232,3 +241,46 @@ async def test_the_card_says_what_is_served(tiny_model):
         assert (answer.model_card().id, answer.model_card().context_length) == ("tiny", 250)
     assert load_engine(tiny_model).model_card().context_length == tiny_llama.CONTEXT
     assert Tokenizer(tiny_model).stop_ids == {0, 2}
+
+
+async def test_a_deadline_ends_a_request_before_and_after_its_first_token(tiny_model):
+    """By the engine's clock: one that runs ends after some tokens, one that waits before its first; others go on."""
+    async with serving_tiny(tiny_model, max_num_seqs=1) as answer:
+        answer._engine.clock = map(float, itertools.count()).__next__
+        running = asyncio.create_task(outcome(answer, request(deadline_s=200.0)))
+        await until(answer, lambda stats: stats.generated_tokens > 0)
+        waiting = asyncio.create_task(outcome(answer, request(deadline_s=30.0)))
+        (text, error), (nothing, late) = await running, await waiting
+        assert text
+        assert not nothing
+        assert (error.code, late.code) == ("deadline_exceeded",) * 2
+        assert "after the first token" in str(error)
+        short = Sampling(temperature=0, max_tokens=3, ignore_eos=True)
+        assert (await collect(answer, request(sampling=short)))[-1].finish_reason == "length"
+        await idle(answer)
+        assert answer.stats().expired == 2
+
+
+async def outcome(answer: EngineAnswer, asked: ChatRequest):
+    text = ""
+    try:
+        async for delta in answer.answer(asked):
+            text += delta.text
+    except CausewayError as error:
+        return text, error
+    return text, None
+
+
+async def test_priority_deadline_and_tenant_reach_the_engine(tiny_model, monkeypatch):
+    """What a request says of how it wants to be served is what the scheduler goes by."""
+    async with serving_tiny(tiny_model) as answer:
+        seen = []
+        add = answer._engine.scheduler.add
+        monkeypatch.setattr(answer._engine.scheduler, "add", lambda one, now: (seen.append((one, now)), add(one, now)))
+        answer._engine.clock = lambda: 100.0
+        short = Sampling(temperature=0, max_tokens=2, ignore_eos=True)
+        asked = request(sampling=short, priority="batch", deadline_s=7.0)
+        async with aclosing(answer.answer(asked, salt="acme")) as deltas:
+            assert [delta async for delta in deltas][-1].finish_reason == "length"
+        ((sequence, now),) = seen
+        assert (sequence.priority, sequence.tenant, sequence.deadline, now) == ("batch", "acme", 107.0, 100.0)

@@ -1,6 +1,7 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from cloud_engine.gateway.completions import ChunkReader, fields_of, path_of
@@ -176,3 +177,10 @@ def test_an_error_event_is_raised() -> None:
     """As the error that the upstream means."""
     with pytest.raises(RateLimited):
         deltas(chat(), piece("a"), error_object(RateLimited("later")))
+
+
+def test_batch_work_is_flex_at_the_upstream() -> None:
+    """OpenAI's name for it, sent only where it is asked for."""
+    batch = msgspec.structs.replace(completion("abcd"), priority="batch")
+    assert fields_of(batch, "m", 100)["service_tier"] == "flex"
+    assert "service_tier" not in fields_of(completion("abcd"), "m", 100)

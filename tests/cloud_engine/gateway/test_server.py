@@ -203,11 +203,13 @@ async def test_the_engines_numbers_are_metrics() -> None:
     for line in (
         "causeway_engine_running 1.0",
         "causeway_engine_waiting 2.0",
+        "causeway_engine_waiting_batch 1.0",
         "causeway_engine_kv_blocks_used 3.0",
         "causeway_engine_kv_blocks_total 4.0",
         "causeway_engine_prefix_hit_tokens_total 5.0",
         "causeway_engine_prefix_query_tokens_total 6.0",
         "causeway_engine_preemptions_total 7.0",
+        "causeway_engine_expired_total 9.0",
         "causeway_engine_generated_tokens_total 8.0",
     ):
         assert line in text.splitlines()

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from fakes import EchoAnswer, ScriptedAnswer
 from prometheus_client import CollectorRegistry
@@ -384,6 +385,18 @@ class TestFaultyServer:
         """A server that only says it is still there is silent all the same."""
         async with faulty(HEAD, repeat=chunked(b": still here\n\n")) as (upstream, stand_in):
             assert (await failed(upstream)).code == "deadline_exceeded"
+            async with asyncio.timeout(2):
+                await stand_in.left.wait()
+
+    async def test_a_deadline_ends_an_answer_that_goes_on(self) -> None:
+        """However steadily the upstream sends, the request's own deadline holds."""
+        begun = asyncio.Event()
+        endless = chunked(events(PIECE))
+        async with faulty(HEAD + endless, repeat=endless) as (upstream, stand_in):
+            with pytest.raises(CausewayError) as caught:
+                await collect(upstream, msgspec.structs.replace(request(), deadline_s=0.5), begun)
+            assert caught.value.code == "deadline_exceeded"
+            assert begun.is_set()
             async with asyncio.timeout(2):
                 await stand_in.left.wait()
 
