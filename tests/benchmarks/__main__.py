@@ -7,27 +7,14 @@ shared machine drift, their ratios much less. What was measured where is kept in
 """
 
 import argparse
-import json
 import os
-import statistics
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shared.models import default_store, resolve
-from tests.benchmarks import edge, engine, link
+from tests.benchmarks import edge, link, rivals
+from tests.benchmarks.ratios import show
 
-SUITES = {"edge": edge.measure, "link": link.measure, "engine": engine.measure}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range of a sample, to four significant places."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in figures.items()}
-
-
-def show(rows: Iterable[tuple[str, Sequence[float]]]) -> None:
-    for name, values in rows:
-        print(json.dumps({"bench": name, "rounds": len(values), **spread(values)}), flush=True)
+SUITES = {"edge": edge.measure, "link": link.measure, "engine": rivals.measure}
 
 
 def main() -> None:
