@@ -49,6 +49,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="of the KV cache: auto (that of dtype) or fp8")] = None,
+    quantization: Annotated[str | None, typer.Option(help="none or int8")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
     kv_blocks: Annotated[int | None, typer.Option(help="blocks of the KV cache; 0 sizes it by kv_bytes")] = None,
     model_len: Annotated[int | None, typer.Option(help="longest sequence, prompt and output")] = None,

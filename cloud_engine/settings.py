@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cloud_engine.engine.config import DType, EngineConfig, KvDType
+from cloud_engine.engine.config import DType, EngineConfig, KvDType, Quantization
 from cloud_engine.gateway.limits import TenantLimits
 from shared.config import Settings
 from shared.guard import Guard
@@ -79,6 +79,7 @@ class CloudSettings(Settings):
     dtype: DType = "float32"
     kv_dtype: KvDType = "auto"
     """Of the KV cache: that of the weights, or `fp8` (e4m3), a byte a number."""
+    quantization: Quantization = "none"
     device: str = "cpu"
     model_len: Count = 0
     kv_blocks: Count = 0
@@ -142,6 +143,7 @@ class CloudSettings(Settings):
             async_depth=self.async_depth,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
+            quantization=self.quantization,
             device=self.device,
         )
 

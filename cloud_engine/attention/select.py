@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cloud_engine.attention import paged, reference
 from cloud_engine.attention.batch import AttentionBatch, Kernel, pack, span
+from cloud_engine.attention.native import NativeAttention
+from cloud_engine.native.library import NativeUnavailable
 
 PAGED = Kernel("paged", paged.attend)
 
@@ -38,15 +40,16 @@ class WrongResult(Exception):
     """A kernel does not compute what the reference does."""
 
 
-def select(shape: Shape, load: Callable[[torch.device], Kernel] | None = None) -> Kernel:
-    """On CUDA the kernel of `load` (the Triton one) if it can be loaded and passes `check`, else `paged`; the log names
-    the kernel, and the reason of a fallback. A kernel that breaks the CUDA context itself cannot be fallen back from:
-    torch then raises at its next call."""
+Load = Callable[[Shape], Kernel]
+
+
+def select(shape: Shape, load: Load | None = None) -> Kernel:
+    """The kernel of `load` (on CUDA the Triton one, on a CPU the C++ one) if it can be had and passes `check`, else
+    `paged`; the log names the kernel, and the reason of a fallback. A kernel that breaks the CUDA context itself cannot
+    be fallen back from: torch then raises at its next call."""
     log = structlog.get_logger("causeway.engine")
-    if load is None and shape.device.type != "cuda":
-        return PAGED
     try:
-        kernel = (load or triton)(shape.device)
+        kernel = (load or (triton if shape.device.type == "cuda" else native))(shape)
         check(kernel, shape)
     except Exception as error:  # compilers and drivers raise what they like, and none of it must stop the engine
         log.warning("attention", kernel=PAGED.name, fallback=f"{type(error).__name__}: {error}")
@@ -55,11 +58,18 @@ def select(shape: Shape, load: Callable[[torch.device], Kernel] | None = None) -
     return kernel
 
 
-def triton(device: torch.device) -> Kernel:
+def native(shape: Shape) -> Kernel:
+    """The C++ kernel. Raises NativeUnavailable where it cannot be compiled, or not for this shape."""
+    if shape.cache not in (None, shape.dtype):
+        raise NativeUnavailable(f"not for a cache in {shape.cache}")
+    return Kernel("native", NativeAttention(shape.dtype, shape.head_dim), packed=True)
+
+
+def triton(shape: Shape) -> Kernel:
     """The Triton kernel for this GPU. Raises ImportError where Triton is not installed."""
     from cloud_engine.attention.triton_unified import TritonAttention
 
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    programs = 2 * torch.cuda.get_device_properties(shape.device).multi_processor_count
     return Kernel("triton", TritonAttention(programs), packed=True)
 
 

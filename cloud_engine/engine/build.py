@@ -15,7 +15,7 @@ def build(path: Path, asked: EngineConfig, *, stop_ids: frozenset[int] = frozens
 
     Raises ModelInvalid or UnsupportedModel, ValueError for limits that cannot be kept.
     """
-    model = load_model(path, dtype=asked.dtype, device=asked.device).pack()
+    model = load_model(path, dtype=asked.dtype, device=asked.device).pack(asked.quantization)
     length = model.config.context_length
     if asked.model_len > length:
         raise ValueError(f"model_len {asked.model_len} is over the model's context length of {length}")

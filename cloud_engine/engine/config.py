@@ -5,6 +5,7 @@ from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
 KvDType = Literal["auto", "fp8"]
+Quantization = Literal["none", "int8"]
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -17,6 +18,7 @@ class EngineConfig:
     max_num_batched_tokens: the budget of one step (0: 256 on a CPU, 4096 elsewhere). It bounds the gap between two
         tokens of everybody else while a long prompt is prefilled.
     max_waiting: requests that may queue before `Overloaded`. Of a full queue every tenant may still have an equal part.
+    quantization: "int8" keeps the weights of matrix products as int8 (`model/packing.py`); all else stays in `dtype`.
     batch_patience: tokens computed for interactive requests before one waiting batch request is admitted ahead of them.
     kv_dtype: of the cache; "auto" is `dtype`, "fp8" takes a byte a number, and needs `kv_scales`.
     kv_scales: for each layer what its keys and its values are divided by. Frozen like all else here, and part of what
@@ -37,6 +39,7 @@ class EngineConfig:
     dtype: DType = "float32"
     kv_dtype: KvDType = "auto"
     kv_scales: tuple[tuple[float, float], ...] = ()
+    quantization: Quantization = "none"
     device: str = "cpu"
     async_depth: int | None = None
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cloud_engine.attention.batch import Attention, AttentionBatch
+from cloud_engine.engine.config import Quantization
 from cloud_engine.model.config import ModelConfig, Raw
 from cloud_engine.model.layers import Destination, Destinations, Empty, Norm, prefixed
 from cloud_engine.model.projection import Projection
@@ -77,14 +78,14 @@ class Decoder:
     def predict(self, x: Tensor) -> Tensor:
         return self.peers.gather(self.head(self.norm(x)))[:, : self.config.vocab_size]
 
-    def pack(self) -> Self:
-        """Put the weights into the order this processor likes best, once they are loaded. For good: `destinations` no
-        longer leads to them."""
+    def pack(self, quantization: Quantization = "none") -> Self:
+        """Put the weights into the order this processor likes best, quantized if asked for, once they are loaded. For
+        good: `destinations` no longer leads to them."""
         for layer in self.layers:
             for projection in layer.projections():
-                projection.pack()
+                projection.pack(quantization)
         if self.config.stage.ends:
-            self.head.pack(keep=self.config.tied)
+            self.head.pack(quantization, keep=self.config.tied)
         return self
 
     def destinations(self) -> Destinations:

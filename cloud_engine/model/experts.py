@@ -25,7 +25,7 @@ class MixtureOfExperts:
         """`names` are those of an expert's gate, up and down in checkpoints."""
         self.shape = shape
         self.held = range(shape.count) if shape.held is None else shape.held
-        self.router = Projection(empty(shape.count, hidden))
+        self.router = Projection(empty(shape.count, hidden), exact=True)
         if shape.held is not None:
             empty = Empty(empty.make)
         self.experts = [GatedMlp(hidden, shape.intermediate_size, empty, names=names) for _ in self.held]

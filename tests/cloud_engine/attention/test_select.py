@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import structlog
 import torch
@@ -15,15 +17,27 @@ def chosen(load, shape=SHAPE):
     return kernel, logs
 
 
-def test_a_cpu_gets_the_paged_kernel_without_a_word():
-    """Nothing is tried out, and nothing is missing, where there is no GPU."""
-    assert chosen(None) == (select.PAGED, [])
+def test_a_cpu_gets_the_compiled_kernel():
+    """It is compiled, tried and named in the log."""
+    kernel, (line,) = chosen(None)
+    assert (kernel.name, kernel.packed, line["kernel"], line["log_level"]) == ("native", True, "native", "info")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"dtype": torch.float16}, "not for torch.float16"), ({"head_dim": 12}, "not for torch.float32 and heads of 12")],
+)
+def test_a_shape_that_the_compiled_kernel_lacks_gets_the_paged_one(changes, reason):
+    """The log says why."""
+    kernel, (line,) = chosen(None, dataclasses.replace(SHAPE, **changes))
+    assert kernel is select.PAGED
+    assert line["fallback"].startswith(f"NativeUnavailable: {reason}")
 
 
 def test_a_right_kernel_is_chosen():
     """One that passes the check serves, and the log names it."""
     good = Kernel("good", paged.attend)
-    assert chosen(lambda device: good) == (good, [{"event": "attention", "kernel": "good", "log_level": "info"}])
+    assert chosen(lambda shape: good) == (good, [{"event": "attention", "kernel": "good", "log_level": "info"}])
 
 
 def test_the_triton_kernel_passes_the_check(monkeypatch):
@@ -31,10 +45,10 @@ def test_the_triton_kernel_passes_the_check(monkeypatch):
     triton_unified = pytest.importorskip("cloud_engine.attention.triton_unified", reason="Triton is for Linux only")
     monkeypatch.setattr(select, "LONG", (256,))  # the interpreter is slow
     good = Kernel("triton", triton_unified.TritonAttention(64), packed=True)
-    assert chosen(lambda device: good)[0] is good
+    assert chosen(lambda shape: good)[0] is good
 
 
-def missing(device):
+def missing(shape):
     raise ImportError("No module named 'triton'")
 
 
@@ -59,9 +73,9 @@ def leaking(q, k, v, cache, batch):
     ("load", "reason"),
     [
         (missing, "ImportError: No module named 'triton'"),
-        (lambda device: Kernel("crashing", crashing), "RuntimeError: out of shared memory"),
-        (lambda device: Kernel("acausal", acausal), "WrongResult: off by"),
-        (lambda device: Kernel("leaking", leaking), "WrongResult: off by nan"),
+        (lambda shape: Kernel("crashing", crashing), "RuntimeError: out of shared memory"),
+        (lambda shape: Kernel("acausal", acausal), "WrongResult: off by"),
+        (lambda shape: Kernel("leaking", leaking), "WrongResult: off by nan"),
     ],
     ids=["missing", "crashing", "acausal", "leaking"],
 )

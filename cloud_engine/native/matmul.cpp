@@ -1,0 +1,206 @@
+// Matrix times packed weight, for the few rows of a decode step and the many of a prompt alike.
+//
+// A weight [outputs, inputs] lies in panels of 32 outputs. In bfloat16 two inputs, in int8 four, of one output are
+// neighbours, as the processor's dot instructions take them: [panel][inputs / 2][32][2] or [panel][inputs / 4][32][4].
+// A tile of rows is multiplied with a panel in registers; threads share the panels. Sums are float32.
+//
+// int8: each 64 inputs of an output have a scale, and so have each 64 values of a row of x, which is rounded to int8
+// too. The instruction wants one factor unsigned: rows are stored plus 128, and `offsets`, -128 times the sum of a
+// group's weights, take that out again.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "vector.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+using namespace causeway;
+
+namespace {
+
+constexpr int PANEL = 2 * LANES;
+constexpr int GROUP = 64;
+
+// Half a panel's sums of one row into the output; `some` of the lanes exist.
+template <class T>
+void finish(T* out, const float* bias, Floats total, int some) {
+    if (some >= LANES) {
+        store(out, bias ? total + load(bias) : total);
+        return;
+    }
+    T last[LANES];
+    float added[LANES] = {};
+    if (bias && some > 0) std::copy_n(bias, some, added);
+    store(last, total + load(added));
+    if (some > 0) std::copy_n(last, some, out);
+}
+
+// R rows of x with one panel; U sums for each output hide the instruction's latency where rows are few.
+template <int R, int U, class T>
+void tile(const BFloat16* x, int64_t x_stride, int inputs, const BFloat16* panel, const float* bias, T* out,
+          int64_t out_stride, int outputs) {
+    __m512 total[U][R][2];
+    for (int u = 0; u < U; u++)
+        for (int r = 0; r < R; r++) total[u][r][0] = total[u][r][1] = _mm512_setzero_ps();
+    const int pairs = inputs / 2;
+    auto step = [&](int i, int u) {
+        const char* at = (const char*)panel + int64_t(i) * PANEL * 4;
+        if (R <= 4) _mm_prefetch(at + 4096, _MM_HINT_T0), _mm_prefetch(at + 4160, _MM_HINT_T0);
+        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(at), w1 = (__m512bh)_mm512_loadu_si512(at + 64);
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            std::memcpy(&pair, x + r * x_stride + 2 * i, 4);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            total[u][r][0] = _mm512_dpbf16_ps(total[u][r][0], w0, both);
+            total[u][r][1] = _mm512_dpbf16_ps(total[u][r][1], w1, both);
+        }
+    };
+    int i = 0;
+    for (; i + U <= pairs; i += U)
+        for (int u = 0; u < U; u++) step(i + u, u);
+    for (; i < pairs; i++) step(i, 0);
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++) {
+            __m512 sum = total[0][r][half];
+            for (int u = 1; u < U; u++) sum = _mm512_add_ps(sum, total[u][r][half]);
+            finish(out + r * out_stride + half * LANES, bias ? bias + half * LANES : nullptr, (Floats)sum,
+                   outputs - half * LANES);
+        }
+}
+
+struct Rounded {
+    std::vector<uint8_t> values;  // [rows][inputs], plus 128
+    std::vector<float> scales;    // [rows][groups]
+};
+
+template <class T>
+void round_row(const T* x, int inputs, uint8_t* values, float* scales) {
+    for (int g = 0; g < inputs / GROUP; g++, x += GROUP, values += GROUP) {
+        Floats part[4], most{};
+        for (int i = 0; i < 4; i++) {
+            part[i] = load(x + i * LANES);
+            most = larger(most, (Floats)((Words)part[i] & 0x7fffffff));
+        }
+        const float peak = largest(most), factor = peak > 0 ? 127.0f / peak : 0.0f;
+        scales[g] = peak / 127.0f;
+        for (int i = 0; i < 4; i++) {
+            const __m512i whole = _mm512_cvtps_epi32((__m512)(part[i] * factor));
+            const __m128i bytes = _mm512_cvtsepi32_epi8(whole);
+            _mm_storeu_si128((__m128i*)(values + i * LANES), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+        }
+    }
+}
+
+template <int R, class T>
+void tile(const uint8_t* x, const float* x_scales, int inputs, const int8_t* panel, const float* scales,
+          const int32_t* offsets, const float* bias, T* out, int64_t out_stride, int outputs) {
+    const int groups = inputs / GROUP;
+    __m512 total[R][2];
+    for (int r = 0; r < R; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (int g = 0; g < groups; g++) {
+        __m512i dot[R][2];
+        const __m512i start0 = _mm512_loadu_si512(offsets + g * PANEL);
+        const __m512i start1 = _mm512_loadu_si512(offsets + g * PANEL + LANES);
+        for (int r = 0; r < R; r++) dot[r][0] = start0, dot[r][1] = start1;
+        for (int i = 0; i < GROUP / 4; i++) {
+            const int8_t* at = panel + (int64_t(g) * GROUP / 4 + i) * PANEL * 4;
+            if (R <= 3) _mm_prefetch((const char*)at + 4096, _MM_HINT_T0), _mm_prefetch((const char*)at + 4160, _MM_HINT_T0);
+            const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
+            for (int r = 0; r < R; r++) {
+                int32_t four;
+                std::memcpy(&four, x + int64_t(r) * inputs + g * GROUP + 4 * i, 4);
+                const __m512i all = _mm512_set1_epi32(four);
+                dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], all, w0);
+                dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], all, w1);
+            }
+        }
+        const __m512 scale0 = _mm512_loadu_ps(scales + g * PANEL), scale1 = _mm512_loadu_ps(scales + g * PANEL + LANES);
+        for (int r = 0; r < R; r++) {
+            const __m512 scale = _mm512_set1_ps(x_scales[r * groups + g]);
+            total[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][0]), _mm512_mul_ps(scale0, scale), total[r][0]);
+            total[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][1]), _mm512_mul_ps(scale1, scale), total[r][1]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++)
+            finish(out + r * out_stride + half * LANES, bias ? bias + half * LANES : nullptr, (Floats)total[r][half],
+                   outputs - half * LANES);
+}
+
+// Call `work(first row, std::integral_constant<rows>)` for tiles of at most MOST rows, as equal as can be.
+template <int MOST, class Work, int R = MOST>
+void with_rows(int rows, Work&& work) {
+    if constexpr (R > 0) {
+        if (rows == R) work(std::integral_constant<int, R>{});
+        else with_rows<MOST, Work, R - 1>(rows, std::forward<Work>(work));
+    }
+}
+
+template <int MOST, class Work>
+void tiles(int rows, Work&& work) {
+    const int count = (rows + MOST - 1) / MOST;
+    for (int i = 0, first = 0; i < count; i++) {
+        const int some = (rows - first) / (count - i);
+        with_rows<MOST>(some, [&](auto size) { work(first, size); });
+        first += some;
+    }
+}
+
+template <class T>
+void multiply(const BFloat16* x, int64_t x_stride, int rows, int inputs, const BFloat16* weight, const float* bias,
+              T* out, int outputs, int threads) {
+    const int panels = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int p = 0; p < panels; p++)
+        tiles<12>(rows, [&](int first, auto size) {
+            constexpr int R = decltype(size)::value;
+            tile<R, (R == 1 ? 4 : R <= 3 ? 2 : 1)>(x + first * x_stride, x_stride, inputs,
+                                                   weight + int64_t(p) * PANEL * inputs, bias ? bias + p * PANEL : nullptr,
+                                                   out + int64_t(first) * outputs + p * PANEL, outputs,
+                                                   outputs - p * PANEL);
+        });
+}
+
+template <class T>
+void multiply(const T* x, int64_t x_stride, int rows, int inputs, const int8_t* weight, const float* scales,
+              const int32_t* offsets, const float* bias, T* out, int outputs, uint8_t* values, float* x_scales,
+              int threads) {
+    const int panels = (outputs + PANEL - 1) / PANEL, groups = inputs / GROUP;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int r = 0; r < rows; r++)
+            round_row(x + r * x_stride, inputs, values + int64_t(r) * inputs, x_scales + int64_t(r) * groups);
+#pragma omp for schedule(static)
+        for (int p = 0; p < panels; p++)
+            tiles<6>(rows, [&](int first, auto size) {
+                tile<decltype(size)::value>(values + int64_t(first) * inputs, x_scales + int64_t(first) * groups, inputs,
+                                            weight + int64_t(p) * PANEL * inputs,
+                                            scales + int64_t(p) * groups * PANEL, offsets + int64_t(p) * groups * PANEL,
+                                            bias ? bias + p * PANEL : nullptr, out + int64_t(first) * outputs + p * PANEL,
+                                            outputs, outputs - p * PANEL);
+            });
+    }
+}
+
+}  // namespace
+
+extern "C" void matmul_bfloat16(const void* x, int64_t x_stride, int rows, int inputs, const void* weight,
+                                const float* bias, void* out, int outputs, int threads) {
+    multiply((const BFloat16*)x, x_stride, rows, inputs, (const BFloat16*)weight, bias, (BFloat16*)out, outputs, threads);
+}
+
+#define MATMUL_INT8(NAME, T)                                                                                        \
+    extern "C" void NAME(const void* x, int64_t x_stride, int rows, int inputs, const int8_t* weight,               \
+                         const float* scales, const int32_t* offsets, const float* bias, void* out, int outputs,    \
+                         uint8_t* values, float* x_scales, int threads) {                                           \
+        multiply((const T*)x, x_stride, rows, inputs, weight, scales, offsets, bias, (T*)out, outputs, values,      \
+                 x_scales, threads);                                                                                \
+    }
+
+MATMUL_INT8(matmul_int8_float32, float)
+MATMUL_INT8(matmul_int8_bfloat16, BFloat16)
+
+#endif

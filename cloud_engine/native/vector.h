@@ -1,0 +1,101 @@
+// Sixteen numbers at once, in the compiler's own vector types: it makes of them whatever the processor has.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace causeway {
+
+constexpr int LANES = 16;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats load(const float* from) {
+    Floats value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline Floats load(const BFloat16* from) {
+    Halves half;
+    std::memcpy(&half, from, sizeof half);
+    return (Floats)(__builtin_convertvector(half, Words) << 16);
+}
+
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+// Rounds to the nearest, ties to even, as torch does; a NaN stays one.
+inline void store(BFloat16* to, Floats value) {
+    Words bits = (Words)value;
+    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded = value == value ? rounded : (Words{} + 0x7fc0);
+    Halves half = __builtin_convertvector(rounded, Halves);
+    std::memcpy(to, &half, sizeof half);
+}
+
+inline float number(float value) { return value; }
+inline float number(BFloat16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+
+// Fold sixteen numbers to one by `join`, always in the same order.
+template <class Join>
+inline float fold(Floats value, Join join) {
+    Eight low, high;
+    std::memcpy(&low, &value, sizeof low);
+    std::memcpy(&high, (const char*)&value + sizeof low, sizeof high);
+    Eight eight = join(low, high);
+    Four a, b;
+    std::memcpy(&a, &eight, sizeof a);
+    std::memcpy(&b, (const char*)&eight + sizeof a, sizeof b);
+    Four four = join(a, b);
+    Four two = join(four, __builtin_shuffle(four, (__typeof__((Four{} < Four{}))){2, 3, 0, 1}));
+    return join(two, __builtin_shuffle(two, (__typeof__((Four{} < Four{}))){1, 0, 3, 2}))[0];
+}
+
+inline float sum(Floats value) {
+    return fold(value, [](auto a, auto b) { return a + b; });
+}
+
+inline float largest(Floats value) {
+    return fold(value, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// e to the power of x to about 2 units in the last place; 0 below -87. Cody-Waite reduction, Taylor's polynomial.
+inline Floats exponential(Floats x) {
+    const Floats lowest = splat(-87.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    Floats clamped = larger(x, lowest);
+    clamped = clamped < 88.0f ? clamped : splat(88.0f);
+    Floats shifted = clamped * 1.44269504f + magic;
+    Floats turns = shifted - magic;
+    Floats rest = clamped - turns * 0.693359375f + turns * 2.12194440e-4f;
+    Floats value = splat(1.0f / 5040);
+    value = value * rest + 1.0f / 720;
+    value = value * rest + 1.0f / 120;
+    value = value * rest + 1.0f / 24;
+    value = value * rest + 1.0f / 6;
+    value = value * rest + 0.5f;
+    value = value * rest + 1.0f;
+    value = value * rest + 1.0f;
+    Ints exponent = ((Ints)shifted - 0x4b400000) << 23;
+    value = (Floats)((Ints)value + exponent);
+    return x < lowest ? Floats{} : value;
+}
+
+}  // namespace causeway

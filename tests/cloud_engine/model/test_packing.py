@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+
+from cloud_engine.model import packing
+from cloud_engine.model.packing import Int8, Int8Panels, Panels, pack, quantize
+from cloud_engine.native.library import BFLOAT16, INT8, features
+
+ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 25, 64]
+SHAPES = [(32, 64), (33, 64), (15, 128), (100, 576), (64, 192)]
+
+needs_bfloat16 = pytest.mark.skipif(not features() & BFLOAT16, reason="no AVX512-BF16 here, or no compiler")
+needs_int8 = pytest.mark.skipif(not features() & INT8, reason="no AVX512-VNNI here, or no compiler")
+
+
+def problem(rows, shape, dtype, *, bias):
+    noise = torch.Generator().manual_seed(rows + shape[0])
+    weight = torch.randn(shape, generator=noise).to(dtype)
+    x = torch.randn(rows, shape[1] + 8, generator=noise).to(dtype)[:, :-8]  # rows that lie apart
+    return weight, x, torch.randn(shape[0], generator=noise).to(dtype) if bias else None
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 6)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_bfloat16_panels_give_the_product(rows, shape, bias):
+    """Any number of rows and outputs, with a bias or without: the float32 product to bfloat16's last bit."""
+    weight, x, bias = problem(rows, shape, torch.bfloat16, bias=bias)
+    packed = pack(weight, bias)
+    assert isinstance(packed, Panels)
+    expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    torch.testing.assert_close(packed(x).float(), expected, atol=0.02, rtol=1 / 128)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8_panels_multiply_both_rounded_factors(rows, shape, dtype):
+    """Exactly the product of the rounded weight and the rows rounded group by group."""
+    weight, x, bias = problem(rows, shape, dtype, bias=rows % 2 == 0)
+    packed = pack(weight, bias, "int8")
+    assert isinstance(packed, Int8Panels)
+    rounded = [values.view(*scales.shape, -1) * scales[..., None] for values, scales in map(quantize, (x, weight))]
+    expected = rounded[0].flatten(1) @ rounded[1].flatten(1).T + (0 if bias is None else bias.float())
+    # Half of a group's peak lies between two integers: a last bit decides, and in bfloat16 that comes up often.
+    atol, rtol = (1e-3, 1e-5) if dtype == torch.float32 else (0.3, 1 / 128)
+    torch.testing.assert_close(packed(x).float(), expected, atol=atol, rtol=rtol)
+
+
+@needs_int8
+def test_values_that_need_care():
+    """Rows of zeros, and rows a million times larger than their neighbours."""
+    weight, x, _ = problem(4, (32, 128), torch.float32, bias=False)
+    weight[3] = 0
+    x[1], x[2] = 0, x[2] * 1e6
+    actual, expected = pack(weight, None, "int8")(x), x @ weight.T
+    assert actual[1].eq(0).all()
+    assert actual[:, 3].eq(0).all()
+    for row in (0, 2, 3):
+        assert (actual[row] - expected[row]).norm() < 0.02 * expected[row].norm()
+
+
+@pytest.mark.parametrize("inputs", [64, 80, 7])
+def test_the_plain_int8_form_rounds_the_weight_alone(inputs):
+    """As on a GPU; inputs that are no multiple of a group's 64 have smaller groups."""
+    weight, x = torch.randn(9, inputs), torch.randn(5, inputs)
+    values, scales = quantize(weight)
+    size = math.gcd(inputs, packing.GROUP)
+    assert values.abs().view(9, -1, size).amax(-1).eq(127).all()
+    assert (
+        values.view(9, -1, size) * scales[..., None] - weight.view(9, -1, size)
+    ).abs().amax() <= scales.max() / 2 + 1e-6
+    actual = Int8(values, scales, None)(x)
+    torch.testing.assert_close(actual, x @ (values.view(9, -1, size) * scales[..., None]).view(9, -1).T)
+
+
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": 64, "intermediate_size": 128}], ids=["odd", "groups of 64"])
+@pytest.mark.parametrize("name", ["qwen2, tied", "gemma3, window", "mixtral"])
+def test_a_quantized_model_stays_close(tmp_path, name, shape):
+    """Tied heads, experts and odd norms too, in both forms: logits near the exact ones, and not the same."""
+    changes = {} if name == "mixtral" and shape else shape
+    tiny_models.save(tmp_path, name, **changes)
+    tokens = [(5 * at * at + 7) % 97 for at in range(24)]
+    exact = tiny_models.logits_of(tmp_path, tokens, lambda model: model.pack())
+    rounded = tiny_models.logits_of(tmp_path, tokens, lambda model: model.pack("int8"))
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
