@@ -84,6 +84,8 @@ class CloudSettings(Settings):
     model_len: Count = 0
     kv_blocks: Count = 0
     kv_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    kv_host_bytes: Count = 0
+    """Host memory for prefixes that were evicted from the KV cache; 0: they are computed again."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
     max_num_batched_tokens: Count = 0
@@ -135,6 +137,7 @@ class CloudSettings(Settings):
             block_size=self.block_size,
             num_blocks=self.kv_blocks,
             kv_bytes=self.kv_bytes,
+            host_bytes=self.kv_host_bytes,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_waiting=self.max_waiting,

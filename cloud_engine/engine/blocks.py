@@ -3,13 +3,18 @@
 Block 0 is the null block: never handed out, so that padding may point at it. A block with references is in use; without
 any it is on the free list, where it keeps its hash, and so its content, until it is handed out again. The list is in
 order of eviction: blocks nobody can look up first, then the least recently used. A sequence gives its blocks back
-last block first, so that of a cached prefix the tail goes before the head.
+last block first, so that of a cached prefix the tail goes before the head. What is evicted may go on in host memory,
+see `host_cache`. No block is evicted in the very step that publishes it, since its sequence holds it: there is always
+something to save.
 """
 
 import hashlib
+import itertools
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
+
+from cloud_engine.engine.host_cache import HostCache
 
 NULL_BLOCK = 0
 
@@ -25,14 +30,16 @@ def chain_hash(parent: bytes, tokens: list[int]) -> bytes:
 
 
 class BlockPool:
-    """Reference-counted blocks 1..num_blocks-1. Every operation is O(1) per block."""
+    """Reference-counted blocks 1..num_blocks-1, over `host_blocks` more in host memory. Every operation is O(1) per
+    block."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, host_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
         self.references = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.published: dict[bytes, int] = {}
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self.host = HostCache(host_blocks)
 
     @property
     def num_free(self) -> int:
@@ -42,30 +49,34 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - 1 - len(self.free)
 
-    def lookup(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest published prefix of this chain. Takes no reference."""
-        found: list[int] = []
-        for key in hashes:
-            block = self.published.get(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
+    def lookup(self, hashes: Sequence[bytes]) -> tuple[list[int], list[bytes]]:
+        """The blocks of this chain's longest published prefix, and the hashes of those after it that only the host has.
+        Takes no reference."""
+        here = itertools.takewhile(lambda key: key in self.published, hashes)
+        found = [self.published[key] for key in here]
+        rest = itertools.takewhile(lambda key: key not in self.published, hashes[len(found) :])
+        return found, self.host.lookup(rest)
 
     def fits(self, shared: list[int], count: int, *, spare: int = 0) -> bool:
         """Whether `take` would give a table."""
         revived = sum(block in self.free for block in shared)
         return len(self.free) - revived - count >= spare
 
-    def take(self, shared: list[int], count: int, *, spare: int = 0) -> list[int] | None:
+    def take(self, shared: list[int], count: int, *, spare: int = 0, stored: Sequence[bytes] = ()) -> list[int] | None:
         """A table of the `shared` blocks followed by `count` new ones, or None (and nothing changed) if that would
-        leave fewer than `spare` free. The shared ones leave the free list first, so no new block evicts them."""
+        leave fewer than `spare` free. The shared ones leave the free list first, so no new block evicts them. The first
+        of the new ones are filled with what `lookup` said to be `stored`, and can be shared at once."""
         if not self.fits(shared, count, spare=spare):
             return None
         for block in shared:
             self.free.pop(block, None)
             self.references[block] += 1
-        return shared + [self._evict() for _ in range(count)]
+        borrowed = self.host.borrow(stored)
+        new = [self._evict() for _ in range(count)]
+        self.host.load(borrowed, new[: len(borrowed)])
+        for block, key in zip(new, stored, strict=False):
+            self.publish(block, key)
+        return shared + new
 
     def release(self, table: list[int]) -> None:
         """Drop one reference to each block of a table."""
@@ -87,6 +98,7 @@ class BlockPool:
         self.references[block] = 1
         key = self.hashes[block]
         if key is not None:
+            self.host.save(key, block)
             del self.published[key]
             self.hashes[block] = None
         return block

@@ -20,6 +20,7 @@ class EngineConfig:
     max_waiting: requests that may queue before `Overloaded`. Of a full queue every tenant may still have an equal part.
     quantization: "int8" keeps the weights of matrix products as int8 (`model/packing.py`); all else stays in `dtype`.
     batch_patience: tokens computed for interactive requests before one waiting batch request is admitted ahead of them.
+    host_blocks: blocks of evicted prefixes kept in host memory (0: as many as `host_bytes` holds, by default none).
     kv_dtype: of the cache; "auto" is `dtype`, "fp8" takes a byte a number, and needs `kv_scales`.
     kv_scales: for each layer what its keys and its values are divided by. Frozen like all else here, and part of what
         prefixes are found by: a block is never read under other scales than it was written with.
@@ -31,6 +32,8 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int = 0
     kv_bytes: int = 1 << 30
+    host_bytes: int = 0
+    host_blocks: int = 0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 0
     max_waiting: int = 256
@@ -73,17 +76,23 @@ class EngineConfig:
             raise ValueError(
                 "max_num_batched_tokens must be at least max_num_seqs: every running sequence is served each step"
             )
+        if self.host_blocks and not self.prefix_caching:
+            raise ValueError("host_blocks keep prefixes: they need prefix_caching")
         return self
 
 
 def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> EngineConfig:
     """Fill in every zero from the model's own context length and the bytes that one token's keys and values take."""
-    num_blocks = config.num_blocks or 1 + config.kv_bytes // (token_bytes * config.block_size)
+    block_bytes = token_bytes * config.block_size
+    num_blocks = config.num_blocks or 1 + config.kv_bytes // block_bytes
+    if 0 < config.host_bytes < block_bytes:
+        raise ValueError(f"host_bytes {config.host_bytes} must be at least {block_bytes}, one block, or 0")
     held = (num_blocks - 1) * config.block_size
     budget = max(256 if config.device == "cpu" else 4096, config.max_num_seqs)
     return replace(
         config,
         num_blocks=num_blocks,
+        host_blocks=config.host_blocks or config.host_bytes // block_bytes,
         model_len=config.model_len or min(model_len, held),
         max_num_batched_tokens=config.max_num_batched_tokens or budget,
         async_depth=int(config.device != "cpu") if config.async_depth is None else config.async_depth,

@@ -34,15 +34,21 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges (running, waiting*, kv_blocks_*) and totals since the start. `waiting_batch` is a part of `waiting`."""
+    """Gauges (running, waiting*, *_used, *_total) and totals since the start. `waiting_batch` is a part of `waiting`,
+    and what was hit in host memory a part of all hits; blocks are swapped out to it, and in again."""
 
     running: int = 0
     waiting: int = 0
     waiting_batch: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    host_blocks_used: int = 0
+    host_blocks_total: int = 0
     prefix_hit_tokens: int = 0
+    prefix_host_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
     preemptions: int = 0
     expired: int = 0
     steps: int = 0
@@ -170,8 +176,13 @@ class Engine:
             waiting_batch=scheduler.waiting.num_batch,
             kv_blocks_used=scheduler.pool.num_used,
             kv_blocks_total=scheduler.pool.num_blocks - 1,
+            host_blocks_used=len(scheduler.pool.host.slots),
+            host_blocks_total=scheduler.pool.host.num_slots,
             prefix_hit_tokens=scheduler.counters.prefix_hit_tokens,
+            prefix_host_hit_tokens=scheduler.counters.prefix_host_hit_tokens,
             prefix_query_tokens=scheduler.counters.prefix_query_tokens,
+            swapped_out_blocks=scheduler.pool.host.saved,
+            swapped_in_blocks=scheduler.pool.host.loaded,
             preemptions=scheduler.counters.preemptions,
             expired=scheduler.counters.expired,
             steps=self._steps,

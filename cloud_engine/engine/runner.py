@@ -23,6 +23,7 @@ from cloud_engine.attention.fp8 import Scaled
 from cloud_engine.attention.select import Shape, select
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.host_store import HostStore
 from cloud_engine.model.config import LayerKind, ModelConfig
 from cloud_engine.model.decoder import Model, View
 from cloud_engine.model.rotary import Rotation, rotary_table
@@ -47,6 +48,7 @@ class Runner:
         shape = (2, config.num_blocks, config.block_size, model.config.num_kv_heads, model.config.head_dim)
         held = FP8 if config.kv_dtype == "fp8" else self.dtype
         self.caches = [torch.zeros(shape, dtype=held, device=self.device) for _ in range(model.config.num_layers)]
+        self.host = HostStore(self.caches, config.host_blocks)
         self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.rotations = {kind.rope: self._rotation(kind) for kind in model.config.layers}
 
@@ -54,6 +56,7 @@ class Runner:
         """Logits [n, vocab] of all rows that are wanted, in order. `last` are the tokens [n] that the step before
         sampled; needed where a chunk has `previous`."""
         with torch.inference_mode():
+            self.host.apply(swap for chunk in chunks for swap in chunk.swaps)
             tokens, positions, rows = _rows(chunks)
             inputs = self._tensor(tokens)
             if last is not None:

@@ -10,10 +10,10 @@ import math
 from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cloud_engine.engine.blocks import BlockPool
-from cloud_engine.engine.chunk import Chunk
+from cloud_engine.engine.chunk import Chunk, Swap
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.deadlines import Deadlines, Pace
 from cloud_engine.engine.draw import Draw
@@ -29,7 +29,7 @@ PLACEHOLDER = 0
 class Work:
     """Compute `count` tokens of a sequence, from position `start` on; if that reaches the end, sample the next one, and
     one after each token of `draft`: the same step computes those too, as if they were known to follow. For `previous`
-    see `Chunk`."""
+    and `swaps` see `Chunk`."""
 
     sequence: Sequence
     start: int
@@ -37,6 +37,7 @@ class Work:
     samples: bool
     draft: tuple[int, ...] = ()
     previous: int | None = None
+    swaps: tuple[Swap, ...] = ()
 
     @property
     def waits(self) -> bool:
@@ -54,7 +55,8 @@ class Work:
         if self.previous is not None:
             tokens = [PLACEHOLDER]
         table = list(self.sequence.block_table)
-        return Chunk([*tokens, *self.draft], self.start, table, len(self.draft) + self.samples, self.previous)
+        sampled = len(self.draft) + self.samples
+        return Chunk([*tokens, *self.draft], self.start, table, sampled, self.previous, self.swaps)
 
     def draws(self) -> list[Draw]:
         """How the tokens after these are drawn, one for each row of logits that is wanted."""
@@ -73,6 +75,8 @@ class Counters:
 
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    prefix_host_hit_tokens: int = 0
+    """Of the hits, those that were in host memory."""
     preemptions: int = 0
     chunks: int = 0
     """Steps of a sequence that computed a part of what it lacked."""
@@ -88,7 +92,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config.checked()
-        self.pool = BlockPool(config.num_blocks)
+        self.pool = BlockPool(config.num_blocks, config.host_blocks)
         self.waiting = WaitingQueue(config.batch_patience)
         self.running: list[Sequence] = []
         """Sorted by rank."""
@@ -159,6 +163,8 @@ class Scheduler:
             work.append(self._advance(first, count, self._affordable(first, count, budget - count)))
             budget -= work[-1].rows
         _number_samples(work)
+        if work:
+            work[0] = replace(work[0], swaps=self.pool.host.drain())
         return work
 
     def tick(self, now: float) -> list[Sequence]:
@@ -318,17 +324,17 @@ class Scheduler:
         self.waiting.put_back(victim)
         self.counters.preemptions += 1
 
-    def _hit(self, sequence: Sequence) -> list[int]:
-        """Blocks of the sequence's longest cached prefix."""
+    def _hit(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        """The sequence's longest cached prefix: its blocks, and the hashes of those that follow in host memory."""
         if not self.config.prefix_caching:
-            return []
+            return [], []
         # One token at least is computed, or there would be no logits to sample from.
         usable = (sequence.num_tokens - 1) // self.config.block_size
         return self.pool.lookup(sequence.hashes(usable, self.config.block_size))
 
     def _has_place(self, sequence: Sequence) -> bool:
         """Whether `_admit` would succeed."""
-        hit = self._hit(sequence)
+        hit, _ = self._hit(sequence)
         new = self._blocks_for(sequence.num_tokens) - len(hit)
         return len(self.running) < self.config.max_num_seqs and self.pool.fits(hit, new, spare=len(self.running))
 
@@ -338,28 +344,30 @@ class Scheduler:
         thrashing."""
         if len(self.running) >= self.config.max_num_seqs:
             return False
-        hit = self._hit(sequence)
+        hit, stored = self._hit(sequence)
         new = self._blocks_for(sequence.num_tokens) - len(hit)
-        table = self.pool.take(hit, new, spare=len(self.running))
+        table = self.pool.take(hit, new, spare=len(self.running), stored=stored)
         if table is None:
             return False
         self.waiting.take(sequence)
         insort(self.running, sequence, key=rank)
+        size, cached = self.config.block_size, len(hit) + len(stored)
         if sequence.state is State.WAITING:
-            self._count_first_time(sequence, len(hit) * self.config.block_size)
+            self._count_first_time(sequence, cached * size, len(stored) * size)
         sequence.block_table = table
-        sequence.num_computed = len(hit) * self.config.block_size
-        sequence.num_published = len(hit)
+        sequence.num_computed = cached * size
+        sequence.num_published = cached
         sequence.state = State.RUNNING
         return True
 
-    def _count_first_time(self, sequence: Sequence, cached: int) -> None:
-        """Once a request: a preempted one finding its own blocks again is no gain, and to compute them again is not
-        its tenant's fault."""
+    def _count_first_time(self, sequence: Sequence, cached: int, stored: int) -> None:
+        """Of the tokens `cached`, the host had `stored`. Once a request: a preempted one finding its own blocks again
+        is no gain, and to compute them again is not its tenant's fault."""
         self.waiting.charge(sequence, sequence.num_prompt - cached)
         if self.config.prefix_caching:
             sequence.num_cached = cached
             self.counters.prefix_hit_tokens += cached
+            self.counters.prefix_host_hit_tokens += stored
             self.counters.prefix_query_tokens += sequence.num_prompt
 
 

@@ -30,10 +30,12 @@ PROMPT_CHARS_PER_TOKEN = 4
 UNBOUNDED_OUTPUT = 512
 """Tokens reserved for a request that names no `max_tokens`; settled by what it uses."""
 
-_GAUGES = ("running", "waiting", "waiting_batch", "kv_blocks_used", "kv_blocks_total")
+_GAUGES = (
+    "running", "waiting", "waiting_batch", "kv_blocks_used", "kv_blocks_total", "host_blocks_used", "host_blocks_total",
+)  # fmt: skip
 _COUNTERS = (
-    "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "expired",
-    "generated_tokens", "drafted_tokens", "accepted_tokens",
+    "prefix_hit_tokens", "prefix_host_hit_tokens", "prefix_query_tokens", "swapped_out_blocks", "swapped_in_blocks",
+    "preemptions", "expired", "generated_tokens", "drafted_tokens", "accepted_tokens",
 )  # fmt: skip
 
 

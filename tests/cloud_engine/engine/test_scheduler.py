@@ -47,6 +47,7 @@ def check_pool(scheduler: Scheduler) -> None:
     assert {block: key for key, block in pool.published.items()} == {
         block: key for block, key in enumerate(pool.hashes) if key is not None
     }
+    assert sorted([*pool.host.free, *pool.host.slots.values()]) == list(range(limits.host_blocks))
     assert len(scheduler.running) <= limits.max_num_seqs
     assert set(scheduler.running) | set(scheduler.waiting) == set(scheduler.live.values())
     for seq in scheduler.live.values():
@@ -58,15 +59,26 @@ def check_pool(scheduler: Scheduler) -> None:
 
 
 class FakeModel:
-    """Remembers which token each slot was written for, so that a table that maps a wrong block is seen at once. Drafts
-    are right up to a random place."""
+    """Remembers which token each slot was written for, so that a table that maps a wrong block is seen at once, and
+    copies blocks to host memory and back when it is told to. Drafts are right up to a random place."""
 
     def __init__(self, limits: EngineConfig) -> None:
         self.limits = limits
         self.slots: dict[int, tuple[bytes, tuple[int, ...]]] = {}
         self.last: list[int] = []
+        self.host: dict[int, list[tuple[bytes, tuple[int, ...]]]] = {}
+
+    def swap(self, work: list[Work]) -> None:
+        size = self.limits.block_size
+        for swap in (swap for item in work for swap in item.chunk().swaps):
+            slots = range(swap.block * size, (swap.block + 1) * size)
+            if swap.loads:
+                self.slots.update(zip(slots, self.host[swap.slot], strict=True))
+            else:
+                self.host[swap.slot] = [self.slots[slot] for slot in slots]
 
     def run(self, work: list[Work], rng: random.Random, vocabulary: int) -> list[list[int]]:
+        self.swap(work)
         size = self.limits.block_size
         written: list[int] = []
         for item in work:
@@ -101,12 +113,19 @@ class FakeModel:
     seqs=st.integers(1, 4),
     caching=st.booleans(),
     drafts=st.sampled_from([0, 6]),
+    host=st.sampled_from([0, 3, 30]),
 )
-def test_random_traffic_keeps_every_invariant(seed, num_blocks, budget, seqs, caching, drafts):
-    """Random adds, steps, drafts and aborts: blocks are conserved, shared only when equal, every request ends once."""
+def test_random_traffic_keeps_every_invariant(seed, num_blocks, budget, seqs, caching, drafts, host):
+    """Random adds, steps, drafts, swaps and aborts: blocks are conserved, here and in host memory, and shared only when
+    equal; every request ends once."""
     rng = random.Random(seed)
     limits = config(
-        num_blocks=num_blocks, max_num_batched_tokens=budget, max_num_seqs=seqs, prefix_caching=caching, max_waiting=10
+        num_blocks=num_blocks,
+        max_num_batched_tokens=budget,
+        max_num_seqs=seqs,
+        prefix_caching=caching,
+        max_waiting=10,
+        host_blocks=host if caching else 0,
     )
     scheduler, model = Scheduler(limits), FakeModel(limits)
     everything: list[Sequence] = []
@@ -157,7 +176,13 @@ def step(scheduler: Scheduler, model: FakeModel, rng: random.Random, drafts: int
 def test_steps_may_be_settled_one_late(seed, num_blocks, budget, caching):
     """Scheduled while the step before is unsettled, under aborts at any time: every slot holds what its reader means,
     blocks are conserved, and every request ends once, with the tokens that its own steps sampled."""
-    late = LateTraffic(seed, config(num_blocks=num_blocks, max_num_batched_tokens=budget, prefix_caching=caching))
+    limits = config(
+        num_blocks=num_blocks,
+        max_num_batched_tokens=budget,
+        prefix_caching=caching,
+        host_blocks=9 if caching else 0,
+    )
+    late = LateTraffic(seed, limits)
     late.run(150)
     assert not late.scheduler.live
     assert late.scheduler.pool.num_free == num_blocks - 1
@@ -171,11 +196,12 @@ def test_late_settling_really_meets_every_case():
     preempted, blocks with pending tokens fill up, and prefixes are hit."""
     seen: Counter[str] = Counter()
     for seed in range(6):
-        late = LateTraffic(seed, config(num_blocks=17 + seed, max_num_batched_tokens=12))
+        late = LateTraffic(seed, config(num_blocks=17 + seed, max_num_batched_tokens=12, host_blocks=9))
         late.run(200)
         seen.update(late.seen)
         seen["hit"] += late.scheduler.counters.prefix_hit_tokens
-    assert set(seen) == {"surplus", "aborted", "preempted", "filled", "hit"}
+        seen["loaded"] += late.scheduler.pool.host.loaded
+    assert set(+seen) == {"surplus", "aborted", "preempted", "filled", "hit", "loaded"}
 
 
 class LateTraffic:
@@ -230,10 +256,10 @@ class LateTraffic:
             self.seen["preempted"] += state is State.PREEMPTED
 
 
-def test_random_traffic_really_shares_preempts_chunks_and_drafts():
-    """The property above is not vacuous: hits, preemptions, chunks, right and wrong drafts happen in such traffic."""
+def test_random_traffic_really_shares_preempts_chunks_drafts_and_swaps():
+    """The property above is not vacuous: hits, preemptions, chunks, swaps, right and wrong drafts happen there."""
     rng = random.Random(3)
-    limits = config(num_blocks=17, max_num_seqs=4, max_num_batched_tokens=8)
+    limits = config(num_blocks=17, max_num_seqs=4, max_num_batched_tokens=8, host_blocks=9)
     scheduler, model = Scheduler(limits), FakeModel(limits)
     for number in range(30):
         scheduler.add(sequence(str(number), [1, 2, 3, 4, 5] * 4 + [number % 6], max_tokens=30))
@@ -244,6 +270,8 @@ def test_random_traffic_really_shares_preempts_chunks_and_drafts():
     assert counters.prefix_hit_tokens > 0
     assert counters.preemptions > 0
     assert counters.chunks > 0
+    assert scheduler.pool.host.loaded > 0
+    assert scheduler.pool.host.saved > limits.host_blocks, "no slot was used twice"
 
 
 def run_step(scheduler: Scheduler, token: int = 1) -> dict[str, int]:
