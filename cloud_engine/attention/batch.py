@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cloud_engine.staging import stage
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -176,9 +178,9 @@ def pack(
     width = max(-(-context // block_size) for context in contexts)
     tables = [[*table[: -(-context // block_size)], *[NULL] * width][:width] for _, context, table in sequences]
     starts = list(itertools.accumulate(counts, initial=0))
-    integers = torch.tensor(starts + contexts, dtype=torch.int32).to(device)
+    integers = stage(starts + contexts, torch.int32, device)
     on_starts, on_contexts = integers.split_with_sizes([len(starts), len(contexts)])
-    on_tables = torch.tensor(tables, dtype=torch.int32).to(device)
+    on_tables = stage(tables, torch.int32, device)
     return Packed(on_starts, on_contexts, on_tables, starts[-1], max(counts), max(contexts), window)
 
 

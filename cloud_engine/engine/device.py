@@ -15,7 +15,8 @@ from torch import Tensor
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.draw import Draw
 from cloud_engine.engine.runner import Runner
-from cloud_engine.engine.sampler import Sampled, sample
+from cloud_engine.engine.sampler import Sampled, choose, read
+from cloud_engine.staging import fetch
 
 Result = Callable[[], list[Sampled]]
 """Waits for a step, and gives what it sampled: one for each draw."""
@@ -39,9 +40,10 @@ class Direct:
     def launch(self, chunks: list[Chunk], draws: List[Draw]) -> Result:
         ahead = any(chunk.previous is not None for chunk in chunks)
         logits = self._runner.run(chunks, self._last) if ahead else self._runner.run(chunks)
-        sampled = sample(logits, draws)
-        self._last = torch.tensor([item.token for item in sampled], dtype=torch.int64).to(self._runner.device)
-        return lambda: sampled
+        with torch.inference_mode():
+            self._last, report = choose(logits, draws)
+            reported = fetch(report)
+        return lambda: read(reported(), draws)
 
     def close(self) -> None:
         pass

@@ -27,6 +27,7 @@ from cloud_engine.engine.host_store import HostStore
 from cloud_engine.model.config import LayerKind, ModelConfig
 from cloud_engine.model.decoder import Model, View
 from cloud_engine.model.rotary import Rotation, rotary_table
+from cloud_engine.staging import stage
 
 MIN_GROUP = 4
 """Decodes fewer than this are cheaper one by one, each reading its blocks in place where they lie together."""
@@ -91,7 +92,7 @@ class Runner:
         return views
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+        return stage(values, torch.int64, self.device)
 
     def _packed(self, chunks: list[Chunk], window: int | None) -> AttentionBatch:
         size = self.config.block_size

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cloud_engine.engine.draw import Draw, has_penalty
+from cloud_engine.staging import stage
 from shared.schemas import Sampling
 
 FAILED = -1
@@ -36,18 +37,50 @@ class Sampled:
 
 def sample(logits: Tensor, draws: List[Draw]) -> list[Sampled]:
     """One token for each row of `logits` [n, vocab], which is not changed."""
+    return read(choose(logits, draws)[1], draws)
+
+
+def choose(logits: Tensor, draws: List[Draw]) -> tuple[Tensor, Tensor]:
+    """The tokens [n], and the report [n, w] (float64) that `read` takes: all that the host wants to know in one tensor.
+    Nothing here waits for the device: all rows at once, and what depends on settings is decided on the host."""
     logits = _penalised(logits.float(), draws)
     best, tokens = logits.max(dim=-1)
     drawn = [index for index, draw in enumerate(draws) if draw.sampling.temperature > 0]
-    if drawn:
-        rows = logits[drawn] - best[drawn, None]
-        tokens[drawn] = _draw(rows, [draws[index] for index in drawn])
-    chosen = torch.where(best.isfinite(), tokens, FAILED).tolist()
-    sampled = [Sampled(token) for token in chosen]
-    for index, draw in enumerate(draws):
-        if draw.sampling.logprobs is not None and chosen[index] != FAILED:
-            sampled[index] = _with_logprobs(logits[index], chosen[index], draw.sampling.logprobs)
-    return sampled
+    if len(drawn) == len(draws) > 0:
+        tokens = _draw(logits - best[:, None], draws)
+    elif drawn:
+        rows = _rows(drawn, logits)
+        relative = logits.index_select(0, rows) - best.index_select(0, rows)[:, None]
+        tokens.index_copy_(0, rows, _draw(relative, [draws[index] for index in drawn]))
+    tokens = torch.where(best.isfinite(), tokens, FAILED)
+    return tokens, torch.cat([tokens[:, None].double(), *_logprobs(logits, tokens, draws)], dim=1)
+
+
+def read(report: Tensor, draws: List[Draw]) -> list[Sampled]:
+    """The report of `choose`, on the host."""
+    return [_sampled(row, draw.sampling.logprobs) for row, draw in zip(report.tolist(), draws, strict=True)]
+
+
+def _sampled(row: List[float], logprobs: int | None) -> Sampled:
+    """A row is the token, its log probability, k likeliest tokens and their log probabilities; or the token alone."""
+    token, likeliest = int(row[0]), (len(row) - 2) // 2
+    if logprobs is None or token == FAILED:
+        return Sampled(token)
+    ids, values = row[2 : 2 + likeliest], row[2 + likeliest :]
+    return Sampled(token, row[1], tuple((int(one), value) for one, value in zip(ids, values, strict=True))[:logprobs])
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, draws: List[Draw]) -> list[Tensor]:
+    """Columns of the report [n, 1 + 2k], if anybody asked for log probabilities; rows of the others are zero."""
+    wanted = {index: draw.sampling.logprobs for index, draw in enumerate(draws) if draw.sampling.logprobs is not None}
+    if not wanted:
+        return []
+    rows = _rows(list(wanted), logits)
+    logprobs = logits.index_select(0, rows).log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens.index_select(0, rows)[:, None].clamp(min=0))
+    values, ids = logprobs.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)
+    found = torch.cat([own.double(), ids.double(), values.double()], dim=1)
+    return [found.new_zeros(len(draws), found.shape[1]).index_copy_(0, rows, found)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -57,23 +90,31 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _penalised(logits: Tensor, draws: List[Draw]) -> Tensor:
-    rows = [index for index, draw in enumerate(draws) if has_penalty(draw.sampling)]
-    if rows:
-        logits = logits.clone()
-    for index in rows:
-        _penalise(logits[index], draws[index])
-    return logits
+    """Repetition counts prompt and output and scales; presence and frequency count output and subtract."""
+    index = [index for index, draw in enumerate(draws) if has_penalty(draw.sampling)]
+    if not index:
+        return logits
+    penalised = [draws[row] for row in index]
+    settings = [draw.sampling for draw in penalised]
+    rows = _rows(index, logits)
+    values = logits.index_select(0, rows)
+    repetition = [item.repetition_penalty for item in settings]
+    scale = torch.where(values > 0, _column([1 / value for value in repetition], values), _column(repetition, values))
+    seen = _counts([draw.seen for draw in penalised], values) > 0
+    values = torch.where(seen, values * scale, values)
+    counts = _counts([draw.output for draw in penalised], values)
+    presence = _column([item.presence_penalty for item in settings], values) * (counts > 0)
+    frequency = _column([item.frequency_penalty for item in settings], values) * counts
+    return logits.index_copy(0, rows, values - (presence + frequency))
 
 
-def _penalise(row: Tensor, draw: Draw) -> None:
-    """In place. Repetition counts prompt and output and scales; presence and frequency count output and subtract."""
-    sampling, output = draw.sampling, draw.output
-    seen = row.new_tensor(draw.seen, dtype=torch.int64)
-    scale = torch.where(row[seen] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-    row[seen] = row[seen] * scale
-    if output:
-        counts = torch.bincount(row.new_tensor(output, dtype=torch.int64), minlength=row.shape[0])
-        row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
+def _counts(tokens: List[List[int]], like: Tensor) -> Tensor:
+    """How often each token of the vocabulary is in each list, as floats of the shape of `like`."""
+    longest = max(map(len, tokens))
+    padded = [[*row, *[0] * (longest - len(row))] for row in tokens]
+    present = torch.arange(longest, device=like.device) < _column([len(row) for row in tokens], like)
+    places = stage(padded, torch.int64, like.device).view(len(tokens), longest)
+    return torch.zeros_like(like).scatter_add_(1, places, present.to(like.dtype))
 
 
 def _draw(logits: Tensor, draws: List[Draw]) -> Tensor:
@@ -87,9 +128,9 @@ def _draw(logits: Tensor, draws: List[Draw]) -> Tensor:
         floors = [math.log(item.min_p) if item.min_p else -math.inf for item in settings]
         logits = logits.masked_fill(logits < _column(floors, logits), -math.inf)
     cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
-    points = torch.tensor([[uniform(draw.seed, draw.position)] for draw in draws], dtype=torch.float64)
+    points = stage([[uniform(draw.seed, draw.position)] for draw in draws], torch.float64, logits.device)
     # Right of the point is the first token whose own probability is not zero; u < 1 keeps it inside.
-    return torch.searchsorted(cumulative, points.to(logits.device) * cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
 
 
 def _top_k_top_p(logits: Tensor, settings: List[Sampling]) -> Tensor:
@@ -107,10 +148,8 @@ def _top_k_top_p(logits: Tensor, settings: List[Sampling]) -> Tensor:
 
 
 def _column(values: List[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return stage(values, torch.float32, like.device)[:, None]
 
 
-def _with_logprobs(row: Tensor, token: int, count: int) -> Sampled:
-    logprobs = row.log_softmax(dim=-1)
-    values, ids = logprobs.topk(count)
-    return Sampled(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+def _rows(index: List[int], like: Tensor) -> Tensor:
+    return stage(index, torch.int64, like.device)

@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -101,6 +102,42 @@ def test_penalties():
     assert pick(logits, Sampling(**greedy, frequency_penalty=0.6), output=[0, 0]) == 1
     assert pick(logits, Sampling(**greedy, repetition_penalty=1.5), prompt=[0]) == 1
     assert pick([-1.0, -1.4], Sampling(**greedy, repetition_penalty=1.5), prompt=[0]) == 1
+
+
+def test_penalties_of_a_batch_are_those_of_each_row():
+    """Rows with other penalties, histories of other lengths, none at all, or a draft: each by the definition."""
+    rng = random.Random(0)
+    logits = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    rows, wanted = [], logits.clone()
+    for index in range(7):
+        sampling = Sampling(
+            temperature=0,
+            logprobs=12,
+            repetition_penalty=rng.choice([1.0, 0.7, 1.8]),
+            presence_penalty=rng.choice([0.0, 1.1]),
+            frequency_penalty=rng.choice([0.0, -0.4]),
+        )
+        prompt, output = ([rng.randrange(12) for _ in range(rng.randrange(1, length))] for length in (9, 2 + 3 * index))
+        rows.append(Draw(sampling, 0, 0, prompt + output[: index // 2], len(prompt), tuple(output[index // 2 :])))
+        for token in set(prompt + output):
+            value = wanted[index, token]
+            wanted[index, token] = value * (
+                1 / sampling.repetition_penalty if value > 0 else sampling.repetition_penalty
+            )
+        for token in set(output):
+            wanted[index, token] -= sampling.presence_penalty + sampling.frequency_penalty * output.count(token)
+    for row, expected_row, result in zip(rows, wanted.log_softmax(-1).tolist(), sample(logits, rows), strict=True):
+        assert dict(result.top) == pytest.approx(dict(enumerate(expected_row)), abs=1e-5)
+        assert result.token == max(range(12), key=expected_row.__getitem__)
+        assert row.seen == [*row.tokens, *row.draft]
+
+
+def test_each_row_gets_as_many_logprobs_as_it_asked_for():
+    """None, none at the top, some, and more than there are: in one batch."""
+    rows = [sequence(Sampling(temperature=0, logprobs=count)) for count in (None, 0, 3, 20)]
+    results = sample(torch.tensor([LOGITS]).repeat(4, 1), rows)
+    assert [result.logprob is None for result in results] == [True, False, False, False]
+    assert [len(result.top) for result in results] == [0, 0, 3, len(LOGITS)]
 
 
 def test_logits_are_left_alone():
