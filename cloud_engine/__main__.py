@@ -1,4 +1,4 @@
-"""The command line of the cloud: `serve`, `keys new`, `bench`. Builds and wires the parts; torch only when needed."""
+"""The command line of the cloud: `serve`, `keys new`, `bench`, `bench-serve`. torch is loaded only when needed."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from prometheus_client import CollectorRegistry
 
-from cloud_engine.bench.commands import SeveralValues, bench
+from cloud_engine.bench.commands import SeveralValues, bench, bench_serve
 from cloud_engine.gateway.server import Backend, Gateway
 from cloud_engine.gateway.upstream import Timeouts, Upstream
 from cloud_engine.settings import CloudSettings
@@ -29,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
 app.add_typer(keys_app, name="keys")
 app.command(cls=SeveralValues)(bench)
+app.command(cls=SeveralValues)(bench_serve)
 
 SPINS = "10000"
 """How long torch's threads spin at a barrier before they sleep. OpenMP's default is no faster on an idle machine, and

@@ -1,7 +1,9 @@
-"""`cloud-engine bench`: its options, read and checked before anything is loaded."""
+"""`cloud-engine bench` and `bench-serve`: their options, read and checked before anything is loaded."""
 
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -13,10 +15,12 @@ from typer.core import TyperCommand
 from cloud_engine.bench.figures import Report
 from cloud_engine.bench.workload import SHAREGPT, Lengths
 from cloud_engine.engine.config import EngineConfig
-from shared.config import InvalidSettings
+from cloud_engine.settings import CloudSettings
+from shared.config import InvalidSettings, read_secret
 from shared.models import default_store, resolve
 
 BATCHES = (1, 8, 32, 64)
+RATES = (1.0, 2.0, 4.0)
 
 
 class SeveralValues(TyperCommand):
@@ -56,6 +60,67 @@ def bench(
         run(path, plan, given, Report(csv))
     except ValueError as error:
         raise InvalidSettings(str(error)) from error
+
+
+def bench_serve(
+    model: Annotated[str, typer.Option(help="with --url the model's name there; else what to start an engine with")],
+    url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server, http://HOST:PORT/v1; none: start one")
+    ] = None,
+    key_file: Annotated[Path | None, typer.Option(help="file with the key for the server")] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(min=0.001, help="requests a second, Poisson: --rate 1 2 4")
+    ] = None,
+    clients: Annotated[list[int] | None, typer.Option(min=1, help="closed loop: clients at once, each in turn")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="of each row")] = 64,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--in", min=1, help="words of each prompt [128; mix: 161]")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option("--out", min=1, help="output tokens of each [128; mix: 338]")
+    ] = None,
+    mixed: Annotated[bool, typer.Option("--mixed", help="log-normal lengths; --in and --out are the means")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="ask chat/completions, not completions")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="of each row, with other prompts and arrivals")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the first repeat")] = 0,
+    warm_up: Annotated[int, typer.Option(min=0, help="requests before the first row, not counted")] = 4,
+    slo_ttft_ms: Annotated[float, typer.Option(min=0, help="objective: first token within")] = 1000.0,
+    slo_itl_ms: Annotated[float, typer.Option(min=0, help="objective: mean gap between tokens within")] = 100.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds until a request counts as failed")] = 600.0,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE: a setting of the engine started")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="file to write the rows to as well")] = None,
+) -> None:
+    """Measure a server under load, over streaming HTTP: first-token time, gaps, goodput at an objective, errors."""
+    from cloud_engine.bench.load import Objective, Target
+    from cloud_engine.bench.serving import Plan, run, started
+
+    usual = SHAREGPT if mixed else (128, 128)
+    plan = Plan(
+        rates=rate or (() if clients else RATES),
+        clients=clients or (),
+        requests=requests,
+        prompt_tokens=prompt_tokens or usual[0],
+        output_tokens=output_tokens or usual[1],
+        lengths="mixed" if mixed else "fixed",
+        repeats=repeats,
+        seed=seed,
+        warm_up=warm_up,
+        objective=Objective(slo_ttft_ms / 1e3, slo_itl_ms / 1e3),
+    )
+    key, path = read_secret(key_file, "key_file") if key_file else "", "chat/completions" if chat else "completions"
+    with nullcontext(url) if url else started(model, _settings(options or ())) as base:
+        target = Target(base.rstrip("/"), model if url else "cloud", key, path, timeout)
+        asyncio.run(run(target, plan, Report(csv)))
+
+
+def _settings(pairs: Sequence[str]) -> Mapping[str, str]:
+    """`NAME=VALUE` each. Raises InvalidSettings for what is no setting: in the environment it would be ignored."""
+    given = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+    if unknown := given.keys() - CloudSettings.model_fields.keys():
+        raise InvalidSettings(f"{min(unknown)} is no setting of `cloud-engine serve`", param=min(unknown))
+    return given
 
 
 def engine_options(pairs: Sequence[str]) -> Mapping[str, Any]:
