@@ -5,7 +5,6 @@ norms are computed. The scale of attention, where it is not that of the head dim
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from cloud_engine.model.decoder import Decoder, Family
 from cloud_engine.model.layers import Destination, Destinations, Empty, GatedMlp, Norm, SelfAttention, prefixed
 from cloud_engine.model.projection import Projection
 from cloud_engine.model.rotary import Rotation
+from cloud_engine.model.rowwise import rms_norm
 
 PATTERN = 6
 """Every so many layers, one sees the whole context."""
@@ -32,7 +32,12 @@ class GemmaNorm(Norm):
         self.weight = self.weight.float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x.float(), self.weight, self.eps).to(x.dtype)
+
+
+def gelu_gate(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 class GemmaBlock:
@@ -41,8 +46,7 @@ class GemmaBlock:
     def __init__(self, config: ModelConfig, empty: Empty) -> None:
         self.peers = empty.peers
         self.attention = SelfAttention(config, empty, head_norm=GemmaNorm)
-        gelu = partial(F.gelu, approximate="tanh")
-        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, empty, activation=gelu)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, empty, gate=gelu_gate)
         self.norms = [GemmaNorm(config.hidden_size, config.rms_norm_eps, empty) for _ in range(4)]
 
     def __call__(

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from cloud_engine.attention.batch import Attention, AttentionBatch
 from cloud_engine.model.config import ModelConfig
 from cloud_engine.model.projection import Projection
-from cloud_engine.model.rotary import Rotation, rotate
+from cloud_engine.model.rotary import Rotation
+from cloud_engine.model.rowwise import rms_norm, rotate, silu_gate
 
 
 class Peers(Protocol):
@@ -90,7 +90,7 @@ class Norm:
         self.weight, self.eps = empty(1, size)[0], eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class FeedForward(Protocol):
@@ -147,23 +147,23 @@ class SelfAttention:
 
 
 class GatedMlp:
-    """down(activation(gate x) * up x). `names` are those of gate, up and down in checkpoints."""
+    """down(activation(gate x) * up x); `gate` makes the product of the two, given beside each other. `names` are those
+    of gate, up and down in checkpoints."""
 
     def __init__(
         self,
         hidden: int,
         intermediate: int,
         empty: Empty,
-        activation: Callable[[Tensor], Tensor] = F.silu,
+        gate: Callable[[Tensor], Tensor] = silu_gate,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
         self.gate_up = Projection(empty(2 * intermediate, hidden))
         self.down = Projection(empty(hidden, intermediate))
-        self.activation, self.names, self.peers = activation, names, empty.peers
+        self.gate, self.names, self.peers = gate, names, empty.peers
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate).mul_(up))
+        return self.down(self.gate(self.gate_up(x)))
 
     def destinations(self) -> Destinations:
         rows = (part(weight, self.peers) for weight in self.gate_up.weight.chunk(2))

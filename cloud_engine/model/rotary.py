@@ -11,12 +11,6 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the step's positions, each [T, 1, D/2]."""
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of the heads x [T, H, D] by its token's angles, cos and sin [T, 1, D/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def rotary_table(rope: Rope, head_dim: int, length: int) -> Rotation:
     """Cosines and sines of every position below `length`, each [length, 1, D/2], in float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
