@@ -15,7 +15,8 @@ import msgspec
 from edge_agent.backends.base import LocalBackend, is_empty
 from edge_agent.offload import Offload
 from router.decide import Decision, decide
-from router.features import NO_CLOUD, DeviceReading, LinkReading, estimate_tokens, measure
+from router.features import NO_CLOUD, DeviceReading, LinkReading, estimate_tokens
+from router.observe import observe
 from router.policy import Policy
 from shared.errors import CausewayError, PolicyDenied, UpstreamFailed
 from shared.schemas import ChatRequest, Delta, Route, Target
@@ -58,9 +59,11 @@ class Agent:
     async def _answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
         prompt_tokens = await self._prompt_tokens(request)
         policy = self._policy()
-        features = measure(request, prompt_tokens=prompt_tokens, expected_output_tokens=policy.expected_output_tokens)
+        features = observe(request, policy, prompt_tokens=prompt_tokens)
         decision = decide(features, policy, device=self._device(), link=self.link())
         route, began = self._route(decision.target, decision.reason), False
+        if decision.redact:
+            request = msgspec.structs.replace(request, label="redact")
         try:
             async with aclosing(self._relay(request, route, policy)) as deltas:
                 async for delta in deltas:

@@ -1,17 +1,24 @@
 """The way to the cloud: a backend behind a circuit breaker, and what is known of it.
 
-The one door through which a request can leave the device; the label is looked at here, whatever was decided before.
+The one door through which a request can leave the device. The label is looked at here, whatever was decided before:
+what is to be redacted goes out with placeholders, and the originals are put back into the answer on its way to the
+client.
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+
+import msgspec
 
 from edge_agent.backends.base import LinkState, RemoteBackend, is_empty
 from router.features import LinkReading
 from router.health import CloudHealth, Outcome, State
 from router.policy import Policy
+from router.privacy.inspect import redacted
+from router.privacy.redact import Restorer
 from shared.errors import DeadlineExceeded, PolicyDenied, Unreachable, UpstreamFailed
 from shared.schemas import ChatRequest, Delta
 
@@ -24,6 +31,8 @@ class Offload:
         self._clock = clock
         self._health = CloudHealth()
         self._connected = False
+        self._secret = secrets.token_bytes()
+        """Makes placeholders that nobody else can compute; another one each time the daemon starts."""
 
     def reading(self) -> LinkReading:
         link, now = self._link(), self._clock()
@@ -45,16 +54,27 @@ class Offload:
     async def answer(self, request: ChatRequest, policy: Policy) -> AsyncGenerator[Delta, None]:
         """The cloud's answer, from its first token on.
 
-        Raises PolicyDenied for an edge_only request, Unreachable while the breaker is open, DeadlineExceeded if the
-        policy's time for the first token passes; otherwise what the backend raises.
+        Raises PolicyDenied for an edge_only request, and for one to be redacted that cannot be looked through;
+        Unreachable while the breaker is open, DeadlineExceeded if the policy's time for the first token passes;
+        otherwise what the backend raises.
         """
         if request.label == "edge_only":
             raise PolicyDenied("label edge_only: stays on the device", source="edge")
+        request, restorer = self._redacted(request, policy)
         self._admit(policy)
         async with aclosing(self._cloud.answer(request)) as deltas:
-            yield await self._first(deltas, policy)
+            yield restored(await self._first(deltas, policy), restorer)
             async for delta in deltas:
-                yield delta
+                yield restored(delta, restorer)
+
+    def _redacted(self, request: ChatRequest, policy: Policy) -> tuple[ChatRequest, Restorer | None]:
+        if request.label != "redact":
+            return request, None
+        try:
+            request, redaction = redacted(request, policy.privacy.detector, self._secret)
+        except Exception as error:  # whatever broke, what was not looked through does not leave
+            raise PolicyDenied("it could not be redacted, and so stays on the device", source="edge") from error
+        return request, redaction.restorer()
 
     def _admit(self, policy: Policy) -> None:
         now = self._clock()
@@ -83,6 +103,14 @@ class Offload:
             self._health = self._health.after_connect(self._clock())
         self._connected = link.connected
         return link
+
+
+def restored(delta: Delta, restorer: Restorer | None) -> Delta:
+    """With the originals back in its text. The start of a placeholder is held back for the next delta."""
+    if restorer is None:
+        return delta
+    text = restorer.push(delta.text) + (restorer.flush() if delta.finish_reason else "")
+    return msgspec.structs.replace(delta, text=text)
 
 
 async def _within(seconds: float, deltas: AsyncGenerator[Delta, None]) -> Delta:

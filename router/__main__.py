@@ -13,10 +13,11 @@ from rich.table import Table
 from router.decide import Decision, decide
 from router.defaults import default_policy
 from router.document import MAX_BYTES
-from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens, measure
+from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
+from router.observe import observe
 from router.policy import InvalidPolicy, Policy, json_schema, parse
 from shared.errors import BadRequest, CausewayError
-from shared.schemas import ChatRequest, Label, Message, Sampling
+from shared.schemas import LABELS, ChatRequest, Label, Message, Sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Check and try routing policies.")
 
@@ -36,7 +37,7 @@ def explain(
     prompt: Annotated[str, typer.Option(help="The user's message.")],
     policy: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Else the default policy.")] = None,
     model: Annotated[str, typer.Option(help="auto, edge, cloud or a real model's name.")] = "auto",
-    label: Annotated[str, typer.Option(help="free or edge_only.")] = "free",
+    label: Annotated[str, typer.Option(help="free, redact or edge_only.")] = "free",
     max_tokens: Annotated[int | None, typer.Option(help="The request's own limit on the answer.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=0, help="Else estimated from the prompt.")] = None,
     edge_model: Annotated[str, typer.Option(help="The local model's name.")] = "edge-model",
@@ -53,11 +54,8 @@ def explain(
     """Where would this request go, and why? Runs nothing. Exit status 1 if it would be refused."""
     chosen = _load(policy) if policy else default_policy()
     request = _request(prompt, model, label, max_tokens)
-    features = measure(
-        request,
-        prompt_tokens=estimate_tokens(request) if prompt_tokens is None else prompt_tokens,
-        expected_output_tokens=chosen.expected_output_tokens,
-    )
+    tokens = estimate_tokens(request) if prompt_tokens is None else prompt_tokens
+    features = observe(request, chosen, prompt_tokens=tokens)
     device = DeviceReading(
         model=edge_model, context_length=edge_context, queue_depth=queue_depth, queue_capacity=queue_capacity
     )
@@ -101,9 +99,9 @@ def _load(file: Path) -> Policy:
 
 
 def _request(prompt: str, model: str, label: str, max_tokens: int | None) -> ChatRequest:
-    labels: dict[str, Label] = {"free": "free", "edge_only": "edge_only"}
+    labels: dict[str, Label] = {known: known for known in LABELS}
     if label not in labels:
-        raise typer.BadParameter("must be free or edge_only", param_hint="--label")
+        raise typer.BadParameter(f"must be one of {', '.join(labels)}", param_hint="--label")
     try:
         return ChatRequest(
             id="explain",

@@ -16,7 +16,7 @@ from router.facts import Case, first_token_s, matched
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
-from shared.schemas import Target
+from shared.schemas import LABELS, Label, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,8 @@ class Decision:
     """Who may answer instead if `target` fails in a retryable way before its first token. Only ever `edge`."""
     rule: str
     reasons: tuple[str, ...]
+    redact: bool = False
+    """Whoever sends this request to the cloud must first replace its personal data and secrets."""
     edge_first_token_s: float | None = None
     cloud_first_token_s: float | None = None
 
@@ -77,6 +79,7 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
         fallback="edge" if choice.target == "cloud" and _edge_may_stand_in(case, barred) and device.available else None,
         rule=choice.rule,
         reasons=choice.reasons,
+        redact=choice.target == "cloud" and _care(case) == "redact",
         edge_first_token_s=first_token_s(case, "edge"),
         cloud_first_token_s=first_token_s(case, "cloud"),
     )
@@ -89,6 +92,16 @@ def label(case: Case) -> Bar | None:
     if case.request.label != "edge_only":
         return None
     return Bar("cloud", "label", "label edge_only: stays on the device")
+
+
+def privacy(case: Case) -> Bar | None:
+    """What was found may not leave; what could not be looked through is taken for the worst."""
+    found, care = case.request.privacy, _care(case)
+    if found.undecided is not None and care != "free":
+        return Bar("cloud", "privacy", f"stays on the device: {found.undecided}")
+    if care != "edge_only" or not found.kinds:
+        return None
+    return Bar("cloud", "privacy", f"stays on the device: {_listed(found.kinds)} found")
 
 
 def requested_model(case: Case) -> Bar | None:
@@ -136,6 +149,7 @@ def cloud_context(case: Case) -> Bar | None:
 
 BARS: Final[tuple[Callable[[Case], Bar | None], ...]] = (
     label,
+    privacy,
     requested_model,
     mode,
     firm_rule,
@@ -155,6 +169,21 @@ def _barred(case: Case) -> Mapping[Target, Bar]:
     if len(barred) == len(OTHER):
         raise _refusal(barred)
     return barred
+
+
+def _care(case: Case) -> Label:
+    """How carefully this request is handled: the strictest that its label and what was found in it ask for."""
+    found, rules = case.request.privacy, case.policy.privacy
+    asked = {case.request.label}
+    if found.secret or found.undecided is not None:
+        asked.add(rules.secrets)
+    if found.personal:
+        asked.add(rules.personal)
+    return next(care for care in LABELS if care in asked)
+
+
+def _listed(kinds: tuple[str, ...]) -> str:
+    return ", ".join(kinds[:4]) + (" and more" if len(kinds) > 4 else "")
 
 
 def _too_long(case: Case, target: Target, context_length: int | None) -> Bar | None:
@@ -199,6 +228,16 @@ def roomier_context(case: Case) -> Choice | None:
     return Choice(OTHER[cramped[0]], "roomier_context", (reason,))
 
 
+def goal(case: Case) -> Choice | None:
+    """The learned difficulty against the threshold that achieves the administrator's goal."""
+    difficulty, limit = case.request.difficulty, case.request.difficult_from
+    if difficulty is None or limit is None:
+        return None
+    if difficulty >= limit:
+        return Choice("cloud", "goal", (f"goal: difficulty {difficulty:.2f} >= {limit:.2f}",))
+    return Choice("edge", "goal", (f"goal: difficulty {difficulty:.2f} < {limit:.2f}",))
+
+
 def standing_preference(case: Case) -> Choice:
     return Choice("cloud" if case.policy.mode == "prefer_cloud" else "edge", "mode", (f"mode {case.policy.mode}",))
 
@@ -206,6 +245,7 @@ def standing_preference(case: Case) -> Choice:
 PREFERENCES: Final[tuple[Callable[[Case], Choice | None], ...]] = (
     administrator,
     roomier_context,
+    goal,
     standing_preference,
 )
 

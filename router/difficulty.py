@@ -235,13 +235,14 @@ class Difficulty:
 
 
 @functools.cache
-def _difficulty() -> Difficulty:
+def shipped_difficulty() -> Difficulty:
+    """Of the weights the package ships, read at the first call. Raises InvalidWeights."""
     return Difficulty.load()
 
 
 def score(texts: Sequence[str]) -> list[float]:
-    """`Difficulty.score` of the weights the package ships, which are read at the first call."""
-    return _difficulty().score(texts)
+    """`Difficulty.score` of the weights the package ships."""
+    return shipped_difficulty().score(texts)
 
 
 def score_after(query: str, local_answer: str, signals: Mapping[str, float] | None = None) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from router.privacy.inspect import CLEAN, Privacy
 from shared.schemas import ChatRequest, Label
 
 VIRTUAL_MODELS: Final = ("auto", "edge", "cloud")
@@ -37,6 +38,12 @@ class RequestFeatures:
     maths: bool = False
     json: bool = False
     tools: bool = False
+    privacy: Privacy = CLEAN
+    """What the detector found, if the policy or the label asked it."""
+    difficulty: float | None = None
+    """Probability that the cloud is right where the edge is wrong (`router.difficulty`), if the policy asks for it."""
+    difficult_from: float | None = None
+    """The difficulty from which the policy's goal sends a request to the cloud, if it has one."""
 
     @property
     def required_context(self) -> int:
@@ -95,9 +102,15 @@ NO_CLOUD: Final = LinkReading(configured=False, connected=False)
 
 
 def measure(
-    request: ChatRequest, *, prompt_tokens: int, expected_output_tokens: int = EXPECTED_OUTPUT_TOKENS
+    request: ChatRequest,
+    *,
+    prompt_tokens: int,
+    expected_output_tokens: int = EXPECTED_OUTPUT_TOKENS,
+    privacy: Privacy = CLEAN,
+    difficulty: float | None = None,
+    difficult_from: float | None = None,
 ) -> RequestFeatures:
-    """`prompt_tokens` is the tokenizer's count of the whole templated prompt, or `estimate_tokens(request)`."""
+    """The request's own measures, with those that others made of it; see `router.observe`."""
     text = _excerpt(request)
     limit = request.sampling.max_tokens
     return RequestFeatures(
@@ -111,6 +124,9 @@ def measure(
         maths=_MATHS.search(text) is not None,
         json=_JSON.search(text) is not None,
         tools=any(message.role == "tool" for message in request.messages) or _TOOLS.search(text) is not None,
+        privacy=privacy,
+        difficulty=difficulty,
+        difficult_from=difficult_from,
     )
 
 

@@ -2,15 +2,27 @@
 
 import difflib
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, Final, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
 from router.features import EXPECTED_OUTPUT_TOKENS
+from router.privacy.checks import SUPPORTED_REGIONS
+from router.privacy.detect import MAX_WORD_CHARS, MAX_WORDS, Detector
+from router.privacy.kinds import KINDS, REGIONS
 from shared.schemas import MAX_OUTPUT_TOKENS, Label, Target
 
 __all__ = ["Breaker", "InvalidPolicy", "Policy", "Problem", "Range", "Rule", "When", "json_schema", "parse"]
@@ -116,6 +128,9 @@ class When(_Written):
     maths: bool | None = _condition(description="the prompt looks like mathematics (a hint)")
     json_: bool | None = _condition(alias="json", description="the prompt speaks of or shows JSON (a hint)")
     tools: bool | None = _condition(description="tool messages, or a prompt that asks for tool calls (a hint)")
+    personal: bool | None = _condition(description="personal data or secrets were found in it, or nobody can tell")
+    secret: bool | None = _condition(description="credentials were found in it")
+    difficulty: Limits | None = _condition(description="learned probability that the cloud is needed, 0 to 1")
     label: Label | None = _condition(description="the request's label")
     model: Models | None = _condition(description="the requested model, virtual or real: one name or a list")
     fits_edge: bool | None = _condition(description="prompt and expected output fit the edge model's context")
@@ -141,6 +156,74 @@ class Rule(_Written):
     @property
     def unconditional(self) -> bool:
         return self.when == When()
+
+
+Word = Annotated[str, StringConstraints(min_length=2, max_length=MAX_WORD_CHARS, strip_whitespace=True)]
+
+
+class PrivacyRules(_Written):
+    """What happens to a request in which the detector finds something, beyond what its own label says."""
+
+    personal: Annotated[Label, Field(description="personal data: sent, replaced before it is sent, or kept here")] = (
+        "redact"
+    )
+    secrets: Annotated[Label, Field(description="credentials: sent, replaced before they are sent, or kept here")] = (
+        "redact"
+    )
+    kinds: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
+    """Kinds looked for; all if not given."""
+    regions: Annotated[
+        tuple[str, ...],
+        Field(min_length=1, max_length=64, description="whose phone numbers are known without a country code"),
+    ] = REGIONS
+    words: Annotated[
+        tuple[Word, ...], Field(max_length=MAX_WORDS, description="words of your own that count as personal data")
+    ] = ()
+
+    @field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return _known(names or (), KINDS, "kind") and names
+
+    @field_validator("regions")
+    @classmethod
+    def _known_regions(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return _known(names, SUPPORTED_REGIONS, "region")
+
+    @property
+    def off(self) -> bool:
+        return self.personal == self.secrets == "free"
+
+    @cached_property
+    def detector(self) -> Detector:
+        """Made at the first request that needs it; some 50 ms."""
+        return Detector(regions=self.regions, only=self.kinds, words=self.words)
+
+
+def _known(names: tuple[str, ...], known: frozenset[str], what: str) -> tuple[str, ...]:
+    if unknown := [name for name in names if name not in known]:
+        close = difflib.get_close_matches(unknown[0][:80], known, n=1)
+        there = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known)[:40])}"
+        said = {"what": what, "name": shorten(unknown[0]), "there": there}
+        raise PydanticCustomError("unknown", "no {what} {name}; {there}", said)
+    return names
+
+
+class Goal(_Written):
+    """What the learned difficulty is to achieve; exactly one of the two."""
+
+    cloud_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="at most this share of requests to the cloud"
+    )
+    quality: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="keep this part of what the cloud does better, with as few requests there as that takes"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.cloud_share is None) == (self.quality is None):
+            raise PydanticCustomError("goal", "give either cloud_share or quality")
+        return self
 
 
 class Breaker(_Written):
@@ -171,6 +254,8 @@ class Policy(_Written):
         "edge", description="may the edge stand in, before the first token, for a cloud that cannot answer"
     )
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES, description="the first that holds applies")] = ()
+    goal: Goal | None = Field(None, description="for requests that no rule decides: by their learned difficulty")
+    privacy: PrivacyRules = PrivacyRules()
     expected_output_tokens: Annotated[
         int, Field(ge=1, le=MAX_OUTPUT_TOKENS, description="guessed length of an answer without max_tokens")
     ] = EXPECTED_OUTPUT_TOKENS
@@ -181,6 +266,15 @@ class Policy(_Written):
         float, Field(gt=0, le=3_600_000, description="a slower link is avoided while the edge can answer")
     ] = 2000.0
     breaker: Breaker = Breaker()
+
+    @cached_property
+    def asks_difficulty(self) -> bool:
+        return self.goal is not None or any(rule.when.difficulty is not None for rule in self.rules)
+
+    @cached_property
+    def asks_privacy(self) -> bool:
+        asked = any(rule.when.personal is not None or rule.when.secret is not None for rule in self.rules)
+        return asked or not self.privacy.off
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -240,7 +334,7 @@ def _message(detail: ErrorDetails) -> str:
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:
-    models: dict[str, type[BaseModel]] = {"when": When, "breaker": Breaker}
+    models: dict[str, type[BaseModel]] = {"when": When, "breaker": Breaker, "privacy": PrivacyRules, "goal": Goal}
     parent: type[BaseModel] = Policy
     for step in loc[:-1]:
         parent = Rule if isinstance(step, int) else models.get(step, Range)

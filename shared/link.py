@@ -84,8 +84,8 @@ class ClientSession:
         Raises PolicyDenied for a request that must stay on the device: the last check before bytes exist. Raises
         TooLarge, BadRequest, RequestConflict and, when the server would refuse it anyway, Overloaded.
         """
-        if request.label == "edge_only":
-            raise PolicyDenied("a request labelled edge_only must not leave the device", param="label", source="edge")
+        if request.label != "free":
+            raise PolicyDenied(f"labelled {request.label}: must not leave the device", param="label", source="edge")
         body = encode_request(request)
         if len(body) > self.limits.max_prompt:
             raise TooLarge(f"request over {self.limits.max_prompt} bytes", param="messages")

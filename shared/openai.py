@@ -33,7 +33,7 @@ from shared.bodies import (
     StreamOptions,
 )
 from shared.errors import BadRequest
-from shared.schemas import SEED_BITS, ChatRequest, Label, Message, Priority, Role, Sampling
+from shared.schemas import LABELS, SEED_BITS, ChatRequest, Label, Message, Priority, Role, Sampling
 
 MAX_N = 8
 COMPLETION_MAX_TOKENS = 16
@@ -210,11 +210,10 @@ def _text(raw: dict[str, Any], where: str) -> str:
 
 
 def _label(value: str, param: str) -> Label:
-    if value == "edge_only":
-        return "edge_only"
-    if value == "free":
-        return "free"
-    raise BadRequest("label must be edge_only or free", param=param)
+    for label in LABELS:
+        if value == label:
+            return label
+    raise BadRequest(f"label must be {', '.join(LABELS[:-1])} or {LABELS[-1]}", param=param)
 
 
 def _priority(tier: str) -> Priority:
@@ -224,7 +223,7 @@ def _priority(tier: str) -> Priority:
 
 
 def _stricter(one: Label, other: Label) -> Label:
-    return "edge_only" if "edge_only" in (one, other) else "free"
+    return next(label for label in LABELS if label in (one, other))
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Anything that answers a request is an `Answer`: the edge's Agent, each of its ba
 """
 
 from collections.abc import AsyncGenerator
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 
@@ -14,8 +14,11 @@ from shared.errors import BadRequest
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Target = Literal["edge", "cloud"]
-Label = Literal["free", "edge_only"]
-"""`edge_only`: not one byte of this request may leave the device."""
+Label = Literal["free", "redact", "edge_only"]
+"""`redact`: only with its personal data and secrets replaced may this request leave the device; such a copy is free.
+`edge_only`: not one byte of it may. Nothing but what is free is ever put on the wire."""
+LABELS: Final[tuple[Label, ...]] = ("edge_only", "redact", "free")
+"""Strictest first."""
 Priority = Literal["interactive", "batch"]
 """`batch`: nobody waits for it, so it makes room for what somebody waits for. It is answered in the end."""
 

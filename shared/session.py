@@ -199,8 +199,8 @@ class ServerSession:
         request = decode_request(body)
         if request.id != opened.rid:
             raise BadRequest("the request's id is not the one it was opened with", param="id")
-        if request.label == "edge_only":
-            raise PolicyDenied("a request labelled edge_only must not be sent", param="label")
+        if request.label != "free":
+            raise PolicyDenied(f"a request labelled {request.label} must not be sent", param="label")
         execution = self._registry.find(self._tenant, opened.rid, opened.sha256)
         if execution is None:
             execution = self._registry.create(self._tenant, opened.rid, opened.sha256)

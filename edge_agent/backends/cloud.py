@@ -121,8 +121,8 @@ class CloudBackend:
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
         """Raises PolicyDenied, without a byte sent, for what must stay on the device."""
-        if request.label == "edge_only":
-            raise PolicyDenied("a request labelled edge_only must not leave the device", param="label", source="edge")
+        if request.label != "free":
+            raise PolicyDenied(f"labelled {request.label}: must not leave the device", param="label", source="edge")
         if self._no_cloud:
             raise PolicyDenied("the cloud is switched off on this device", source="edge")
         if self._closed:

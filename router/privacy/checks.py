@@ -14,6 +14,7 @@ import phonenumbers
 from stdnum import iban, luhn
 
 Check = Callable[[str], bool]
+SUPPORTED_REGIONS: Final = frozenset(map(str, phonenumbers.SUPPORTED_REGIONS))
 
 
 def anything(_: str) -> bool:

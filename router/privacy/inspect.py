@@ -28,6 +28,14 @@ class Privacy:
     secret: bool = False
     undecided: str | None = None
 
+    @property
+    def personal(self) -> bool:
+        """There is something of a person or a secret in it, or nobody can tell."""
+        return bool(self.kinds) or self.undecided is not None
+
+
+CLEAN: Final = Privacy()
+
 
 def inspect(request: ChatRequest, detector: Detector) -> Privacy:
     """Never raises: what goes wrong makes the request private."""
@@ -83,7 +91,7 @@ def _walk(value: Any, rewrite: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return rewrite(value)
     if isinstance(value, dict):
-        return {rewrite(key): _walk(item, rewrite) for key, item in value.items()}
+        return {_walk(key, rewrite): _walk(item, rewrite) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_walk(item, rewrite) for item in value]
     return value

@@ -224,3 +224,5 @@ _PHONE_WORDS: Final = (
     r"|\bmobile\b|\bcell\b|\bhandy|\bm\x{f3}vil|\bportable"
     r"|\bcellulare|\bmobiel|kom\x{f3}rk|celular|whatsapp|\bsms\b|\bfax\b|\bnummer\b|\brufnummer|\x{7535}\x{8bdd}|\x{624b}\x{673a}|mobil"
 )
+
+KINDS: Final = frozenset(kind.name for kind in kinds())

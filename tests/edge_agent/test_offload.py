@@ -1,4 +1,5 @@
 import asyncio
+import re
 from contextlib import aclosing
 from typing import Any
 
@@ -8,6 +9,7 @@ from fakes import ScriptedAnswer
 
 from edge_agent.offload import Offload
 from router.policy import parse
+from router.privacy.detect import MAX_CHARS
 from shared.errors import (
     BadRequest,
     CausewayError,
@@ -50,6 +52,33 @@ async def test_label_is_checked_again_at_the_door() -> None:
     door = Door(THERE)
 
     refused = await door.send(ask(label="edge_only"))
+
+    assert isinstance(refused, PolicyDenied)
+    assert not door.remote.seen
+
+
+async def test_redacted_on_the_way_out_and_restored_on_the_way_back() -> None:
+    """What is labelled redact reaches the backend with placeholders and as free; its answer, cut inside a placeholder,
+    reaches the client with the originals."""
+    door = Door(THERE)
+    await door.send(ask("Write to anna@example.org", label="redact"))
+    (sent,) = door.remote.seen
+    (placeholder,) = re.findall(r"<EMAIL_[0-9a-f]+>", sent.messages[-1].content)
+    assert (sent.label, "anna" in str(sent)) == ("free", False)
+
+    pieces = [Delta(text="To "), Delta(text=placeholder[:5]), Delta(text=placeholder[5:] + " at"), LAST]
+    door.turns.scripts = [ScriptedAnswer(*pieces)]
+    answered = await door.send(ask("Write to anna@example.org", label="redact"))
+
+    assert isinstance(answered, list)
+    assert "".join(delta.text for delta in answered) == "To anna@example.org at" + LAST.text
+
+
+async def test_what_cannot_be_redacted_does_not_leave() -> None:
+    """Too long to be looked through: refused at the door, and the backend hears of nothing."""
+    door = Door(THERE)
+
+    refused = await door.send(ask("a" * (MAX_CHARS + 1), label="redact"))
 
     assert isinstance(refused, PolicyDenied)
     assert not door.remote.seen

@@ -10,7 +10,8 @@ import router.decide
 from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
 from router.facts import FACTS
 from router.features import NO_CLOUD, VIRTUAL_MODELS, DeviceReading, LinkReading, RequestFeatures
-from router.policy import Policy, Range, Rule, When
+from router.policy import Policy, PrivacyRules, Range, Rule, When
+from router.privacy.inspect import Privacy
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
 
 ASK = RequestFeatures(prompt_tokens=100, expected_output_tokens=50)
@@ -42,6 +43,11 @@ ONLY_EDGE = policy("only_edge")
 ONLY_CLOUD = policy("only_cloud")
 CLOUD_OR_ERROR = policy("prefer_cloud", fallback="none")
 PRIVATE = replace(ASK, label="edge_only")
+MAIL = replace(ASK, privacy=Privacy(("email",)))
+KEY = replace(ASK, privacy=Privacy(("aws_key",), secret=True))
+UNREAD = replace(ASK, privacy=Privacy(undecided="300000 characters are more than the 200000 that are looked through"))
+KEEP = policy("prefer_cloud", privacy=PrivacyRules(personal="edge_only", secrets="edge_only"))
+SEND = policy("prefer_cloud", privacy=PrivacyRules(personal="free", secrets="free"))
 
 # request, policy, device, link -> target, fallback, deciding rule, first reason
 DECISIONS = {
@@ -58,6 +64,20 @@ DECISIONS = {
     "edge_only beats prefer_cloud": (PRIVATE, PREFER_CLOUD, IDLE, UP, "edge", None, "label", "label edge_only: stays on the device"),
     "edge_only beats a rule": (PRIVATE, policy("prefer_edge", rule("cloud", fallback=False)), IDLE, UP, "edge", None, "label", "label edge_only: stays on the device"),
     "the first bar is the reason": (PRIVATE, ONLY_EDGE, IDLE, UP, "edge", None, "label", "label edge_only: stays on the device"),
+    # what was found in it
+    "personal data stays": (MAIL, KEEP, IDLE, UP, "edge", None, "privacy", "stays on the device: email found"),
+    "personal data may be sent": (MAIL, SEND, IDLE, UP, "cloud", "edge", "mode", "mode prefer_cloud"),
+    "a secret stays": (KEY, policy("prefer_cloud", privacy=PrivacyRules(personal="free", secrets="edge_only")), IDLE, UP, "edge", None, "privacy", "stays on the device: aws_key found"),
+    "many kinds": (replace(ASK, privacy=Privacy(("card", "email", "iban", "ip", "phone"))), KEEP, IDLE, UP, "edge", None, "privacy", "stays on the device: card, email, iban, ip and more found"),
+    "not looked through": (UNREAD, PREFER_CLOUD, IDLE, UP, "edge", None, "privacy", "stays on the device: 300000 characters are more than the 200000 that are looked through"),
+    "found beats a rule": (MAIL, policy("prefer_edge", rule("cloud"), privacy=KEEP.privacy), IDLE, UP, "edge", None, "privacy", "stays on the device: email found"),
+    "rule on personal data": (MAIL, policy("prefer_cloud", rule("edge", personal=True)), IDLE, UP, "edge", None, "rule r", "rule r: personal true"),
+    "rule on secrets": (MAIL, policy("prefer_cloud", rule("edge", secret=True)), IDLE, UP, "cloud", "edge", "mode", "mode prefer_cloud"),
+    # the learned difficulty
+    "hard by the goal": (replace(ASK, difficulty=0.61, difficult_from=0.44), PREFER_EDGE, IDLE, UP, "cloud", "edge", "goal", "goal: difficulty 0.61 >= 0.44"),
+    "easy by the goal": (replace(ASK, difficulty=0.4, difficult_from=0.44), PREFER_CLOUD, IDLE, UP, "edge", None, "goal", "goal: difficulty 0.40 < 0.44"),
+    "difficulty without a goal": (replace(ASK, difficulty=0.9), PREFER_EDGE, IDLE, UP, "edge", None, "mode", "mode prefer_edge"),
+    "rule on difficulty": (replace(ASK, difficulty=0.9), policy("prefer_edge", rule("cloud", difficulty=Range(**{">": 0.8}))), IDLE, UP, "cloud", "edge", "rule r", "rule r: difficulty 0.9 > 0.8"),
     # no cloud
     "prefer_edge, no cloud": (ASK, PREFER_EDGE, IDLE, NO_CLOUD, "edge", None, "no_cloud", "no cloud is configured"),
     "prefer_cloud, no cloud": (ASK, CLOUD_OR_ERROR, IDLE, NO_CLOUD, "edge", None, "no_cloud", "no cloud is configured"),
@@ -117,6 +137,23 @@ def test_decisions(name):
     assert (decision.target, decision.fallback, decision.rule, decision.reason) == (target, fallback, by, reason)
 
 
+@pytest.mark.parametrize(
+    ("features", "rules", "redact"),
+    [
+        (ASK, PREFER_CLOUD, False),
+        (MAIL, PREFER_CLOUD, True),
+        (KEY, PREFER_CLOUD, True),
+        (MAIL, PREFER_EDGE, False),
+        (MAIL, SEND, False),
+        (replace(ASK, label="redact"), SEND, True),
+        (replace(MAIL, label="redact"), KEEP, False),
+    ],
+)
+def test_redaction_is_part_of_the_decision(features, rules, redact):
+    """What is sent is redacted if its label, or the policy for what was found in it, says so; the stricter counts."""
+    assert decide(features, rules, device=IDLE, link=UP).redact is redact
+
+
 # request, policy, device, link -> error, what its message says of each side
 REFUSALS = {
     "edge_only, only_cloud": (PRIVATE, ONLY_CLOUD, IDLE, UP, PolicyDenied, "not the edge: mode only_cloud; not the cloud: label edge_only"),
@@ -125,6 +162,7 @@ REFUSALS = {
     "edge_only, too long": (replace(PRIVATE, prompt_tokens=1000), PREFER_EDGE, IDLE, UP, ContextTooLong, "needs 1001 tokens, the edge takes 1000; not the cloud: label edge_only"),
     "edge_only, edge full": (PRIVATE, PREFER_EDGE, FULL, UP, Overloaded, "edge queue full (4 of 4); not the cloud: label edge_only"),
     "edge_only, edge broken": (PRIVATE, PREFER_CLOUD, GONE, UP, Overloaded, "not available; not the cloud: label edge_only"),
+    "private, only_cloud": (MAIL, policy("only_cloud", privacy=KEEP.privacy), IDLE, UP, PolicyDenied, "not the cloud: stays on the device: email found"),
     "only_edge, model cloud": (replace(ASK, model="cloud"), ONLY_EDGE, IDLE, UP, PolicyDenied, "not the cloud: mode only_edge"),
     "only_cloud, model edge": (replace(ASK, model="edge"), ONLY_CLOUD, IDLE, UP, PolicyDenied, "not the edge: mode only_cloud"),
     "only_edge, full": (ASK, ONLY_EDGE, FULL, UP, Overloaded, "edge queue full (4 of 4); not the cloud: mode only_edge"),
@@ -172,9 +210,9 @@ def test_each_rule_of_the_tables_decides_somewhere():
     """The cases above reach every named rule of the three tables."""
     decided = {case[6] for case in DECISIONS.values()}
     named = {rule.__name__ for table in (BARS, *OUTAGES.values()) for rule in table} - {"firm_rule"}
-    assert len(PREFERENCES) == 3
+    assert len(PREFERENCES) == 4
     assert named <= decided
-    assert {"rule r", "roomier_context", "mode"} <= decided
+    assert {"rule r", "roomier_context", "goal", "mode"} <= decided
 
 
 def test_the_readme_names_every_rule_and_condition():

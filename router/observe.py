@@ -1,0 +1,38 @@
+"""All that is measured of one request under one policy. What the policy does not ask about is not computed."""
+
+from router.difficulty import shipped_difficulty
+from router.features import RequestFeatures, measure
+from router.policy import Goal, Policy
+from router.privacy.inspect import CLEAN, inspect
+from router.weights import InvalidWeights
+from shared.schemas import ChatRequest
+
+
+def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int) -> RequestFeatures:
+    """`prompt_tokens` is the tokenizer's count of the whole templated prompt, or `estimate_tokens(request)`. Takes well
+    under a millisecond for a short prompt; the first call makes the detector or reads the difficulty's weights."""
+    looked_through = policy.asks_privacy or request.label == "redact"
+    difficulty, difficult_from = _difficulty(request, policy.goal) if policy.asks_difficulty else (None, None)
+    return measure(
+        request,
+        prompt_tokens=prompt_tokens,
+        expected_output_tokens=policy.expected_output_tokens,
+        privacy=inspect(request, policy.privacy.detector) if looked_through else CLEAN,
+        difficulty=difficulty,
+        difficult_from=difficult_from,
+    )
+
+
+def _difficulty(request: ChatRequest, goal: Goal | None) -> tuple[float | None, float | None]:
+    """Of the last thing the user said, and from where on the goal sends a request to the cloud. Unknown if the weights
+    cannot be used: then no rule that asks for it applies, and the goal decides nothing."""
+    try:
+        model = shipped_difficulty()
+    except InvalidWeights:
+        return None, None
+    said = next((message.content for message in reversed(request.messages) if message.role == "user"), "")
+    score = model.score([request.prompt or said])[0]
+    if goal is None:
+        return score, None
+    outlook = model.at_share(goal.cloud_share) if goal.cloud_share else model.at_recovery(goal.quality or 1.0)
+    return score, outlook.threshold
