@@ -121,6 +121,7 @@ def _show(decision: Decision, features: RequestFeatures, *, as_json: bool) -> No
     rows = {
         "target": decision.target,
         "fallback": decision.fallback or "none",
+        "redacted": "yes" if decision.redact else "no",
         "rule": decision.rule,
         "reason": "\n".join(decision.reasons),
         "measured": _measured(features),
@@ -138,8 +139,14 @@ def _refused(error: CausewayError, features: RequestFeatures, *, as_json: bool) 
 
 def _measured(features: RequestFeatures) -> str:
     hints = [hint for hint in ("code", "maths", "json", "tools") if getattr(features, hint)]
-    counts = f"{features.prompt_tokens} prompt tokens, {features.expected_output_tokens} tokens of answer expected"
-    return f"{counts}, looks like {', '.join(hints)}" if hints else counts
+    said = [f"{features.prompt_tokens} prompt tokens, {features.expected_output_tokens} tokens of answer expected"]
+    if hints:
+        said.append(f"looks like {', '.join(hints)}")
+    if features.privacy.personal:
+        said.append(features.privacy.undecided or f"{', '.join(features.privacy.kinds)} found")
+    if features.difficulty is not None:
+        said.append(f"difficulty {features.difficulty:.2f}")
+    return "; ".join(said)
 
 
 def _print(rows: dict[str, str]) -> None:
