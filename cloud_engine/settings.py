@@ -96,6 +96,8 @@ class CloudSettings(Settings):
     prefix_caching: bool = True
     async_depth: Annotated[int, Field(ge=0, le=1)] | None = None
     """Steps launched before the last results are looked at; unset: 1 on a GPU, 0 on a CPU."""
+    cuda_graphs: bool = True
+    """On CUDA, replay decode steps as recorded; costs seconds at the start."""
 
     concurrent: Count = 64
     """Of one tenant: requests at once."""
@@ -144,6 +146,7 @@ class CloudSettings(Settings):
             batch_patience=self.batch_patience,
             prefix_caching=self.prefix_caching,
             async_depth=self.async_depth,
+            cuda_graphs=self.cuda_graphs,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             quantization=self.quantization,

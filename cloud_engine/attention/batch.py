@@ -81,7 +81,7 @@ class AttentionBatch:
 
 
 NULL = 0
-"""The block that padding points at: zeros, and nobody's."""
+"""The block that padding points at: finite numbers, and nobody's."""
 
 
 FP8 = torch.float8_e4m3fn

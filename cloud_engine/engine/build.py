@@ -5,6 +5,7 @@ from pathlib import Path
 from cloud_engine.engine.calibration import TEXT, calibrate
 from cloud_engine.engine.config import EngineConfig, resolve
 from cloud_engine.engine.engine import Engine
+from cloud_engine.engine.graphs import CudaCapture
 from cloud_engine.engine.runner import Runner, attention_for
 from cloud_engine.model.tokenizer import Tokenizer
 from cloud_engine.model.weights import load_model
@@ -24,4 +25,6 @@ def build(path: Path, asked: EngineConfig, *, stop_ids: frozenset[int] = frozens
         config = calibrate(model, config, Tokenizer(path).encode(TEXT))
     kernel = attention_for(model.config, config)
     runner = Runner(model, config, kernel.attend, packed=kernel.packed)
+    if config.cuda_graphs and kernel.packed and runner.device.type == "cuda":
+        runner.record(CudaCapture())
     return Engine(runner, stop_ids=stop_ids, identity=str(path))

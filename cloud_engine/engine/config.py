@@ -26,6 +26,7 @@ class EngineConfig:
         prefixes are found by: a block is never read under other scales than it was written with.
     async_depth: steps that are launched before the results of the step before are looked at, 0 or 1 (None: 1 on a GPU,
         0 on a CPU). With 1, scheduling and text are made while the device computes; outputs are the same.
+    cuda_graphs: on CUDA, record decode steps once and replay them, if the kernel and the model allow.
     """
 
     model_len: int = 0
@@ -45,6 +46,7 @@ class EngineConfig:
     quantization: Quantization = "none"
     device: str = "cpu"
     async_depth: int | None = None
+    cuda_graphs: bool = True
 
     @property
     def kv_value_bytes(self) -> int:

@@ -1,7 +1,9 @@
 """One step on the device: lists become tensors, tensors become logits. Owns the KV tensors."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from cloud_engine.attention.fp8 import Scaled
 from cloud_engine.attention.select import Shape, select
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.graphs import Capture, DecodeGraphs, DecodeInputs, record
 from cloud_engine.engine.host_store import HostStore
 from cloud_engine.model.config import LayerKind, ModelConfig
 from cloud_engine.model.decoder import Model, View
@@ -52,22 +55,38 @@ class Runner:
         self.host = HostStore(self.caches, config.host_blocks)
         self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.rotations = {kind.rope: self._rotation(kind) for kind in model.config.layers}
+        self.graphs: DecodeGraphs | None = None
+
+    def record(self, capture: Capture) -> None:
+        """Compute decode steps by graphs from now on, if the model can be recorded. Needs a kernel that is `packed`."""
+        with torch.inference_mode():
+            logits = self.like.new_zeros(self.config.max_num_seqs, self.model.config.vocab_size)
+            self.graphs = record(self._decode, self.config, logits, capture)
 
     def run(self, chunks: list[Chunk], last: Tensor | None = None) -> Tensor:
         """Logits [n, vocab] of all rows that are wanted, in order. `last` are the tokens [n] that the step before
         sampled; needed where a chunk has `previous`."""
         with torch.inference_mode():
             self.host.apply(swap for chunk in chunks for swap in chunk.swaps)
+            if self.graphs is not None and self.graphs.fits(chunks):
+                return self.graphs.run(chunks, lambda tokens: self._resolve(chunks, tokens, last))
             tokens, positions, rows = _rows(chunks)
             inputs = self._tensor(tokens)
-            if last is not None:
-                self._resolve(chunks, inputs, last)
-            views = self._views(chunks, self._tensor(positions))
+            self._resolve(chunks, inputs, last)
+            batch = self._packed if self.packed else self._batch
+            views = self._views(self._tensor(positions), partial(batch, chunks))
             return self.model(inputs, views, self.attend, self.caches, self._tensor(rows))
 
-    def _resolve(self, chunks: list[Chunk], tokens: Tensor, last: Tensor) -> None:
+    def _decode(self, inputs: DecodeInputs) -> Tensor:
+        """A step of one row a sequence, without a look at what the inputs hold."""
+        views = self._views(inputs.positions, partial(inputs.batch, longest=self.config.model_len))
+        return self.model(inputs.tokens, views, self.attend, self.caches, inputs.starts[:-1].long())
+
+    def _resolve(self, chunks: list[Chunk], tokens: Tensor, last: Tensor | None) -> None:
         """Put tokens that the host did not know in place. One that failed (negative) becomes any valid one: nobody will
         look at what follows it."""
+        if last is None:
+            return
         ends = itertools.accumulate(chunk.count for chunk in chunks)
         pending = [
             (end - 1, item.previous) for end, item in zip(ends, chunks, strict=True) if item.previous is not None
@@ -79,12 +98,12 @@ class Runner:
         cos, sin = rotary_table(kind.rope, self.model.config.head_dim, self.config.model_len)
         return cos.to(self.like), sin.to(self.like)
 
-    def _views(self, chunks: list[Chunk], at: Tensor) -> list[View]:
-        """One for each layer; what layers have in common is made once."""
+    def _views(self, at: Tensor, batch: Callable[[int | None], AttentionBatch]) -> list[View]:
+        """One for each layer of rows at these positions; what layers have in common is made once. `batch` makes what
+        attention is told, given a window."""
         kinds = self.model.config.layers
-        batch = self._packed if self.packed else self._batch
         rotations = {rope: (cos[at], sin[at]) for rope, (cos, sin) in self.rotations.items()}
-        batches = {window: batch(chunks, window) for window in {kind.window for kind in kinds}}
+        batches = {window: batch(window) for window in {kind.window for kind in kinds}}
         views = [(rotations[kind.rope], batches[kind.window]) for kind in kinds]
         if self.config.kv_dtype == "fp8":
             pairs = zip(views, self.config.kv_scales, strict=True)

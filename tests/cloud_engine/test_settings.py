@@ -30,6 +30,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "max_waiting": 5,
         "prefix_caching": False,
         "async_depth": 1,
+        "cuda_graphs": False,
         "dtype": "bfloat16",
         "device": "cuda",
     }
@@ -46,6 +47,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         max_waiting=5,
         prefix_caching=False,
         async_depth=1,
+        cuda_graphs=False,
         dtype="bfloat16",
         device="cuda",
     )

@@ -105,6 +105,18 @@ def test_the_kernel_equals_the_reference(name, programs):
     check(Case(CASES[name]), programs)
 
 
+@pytest.mark.parametrize("name", ["one decode", "first token", "decodes of many lengths"])
+def test_decodes_may_be_divided_as_if_they_were_long(name, monkeypatch):
+    """A recorded launch is made for the longest context there can be: segments that find no keys change nothing."""
+    case, segments = Case(CASES[name]), []
+    launch = triton_unified._launch_split
+    monkeypatch.setattr(triton_unified, "_launch_split", lambda *told: segments.append(told[-1]) or launch(*told))
+    packed = dataclasses.replace(case.told.packed, longest_context=4096)
+    case.told = dataclasses.replace(case.told, packed=packed)
+    check(case, SPLIT)
+    assert segments == [triton_unified.MAX_SEGMENTS]
+
+
 SHAPES = {
     "no grouping": {"heads": 2, "kv_heads": 2, "dim": 64, "block": 16},
     "groups of three": {"heads": 9, "kv_heads": 3, "dim": 64, "block": 16},
