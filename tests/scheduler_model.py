@@ -213,7 +213,8 @@ class Traffic:
 
     def add(self, name: str) -> None:
         rng = self.rng
-        prompt = self.trunk[: rng.randrange(1, 40)] + [rng.randrange(6) for _ in range(rng.randrange(1, 16))]
+        own = rng.randrange(1, 16) if rng.random() < 0.7 else 0
+        prompt = self.trunk[: rng.randrange(1, 40)] + [rng.randrange(6) for _ in range(own)]
         new = request(
             name,
             prompt,

@@ -244,7 +244,8 @@ class Scheduler:
     def _latest_start(self, sequence: Sequence, ahead: int = 0) -> float:
         """When a sequence must be admitted at the latest for its first token to come before the deadline, if `ahead`
         more tokens are to be computed first."""
-        cached = sum(map(len, self._hit(sequence))) * self.config.block_size
+        here, stored = self._hit(sequence)
+        cached = (len(here) + len(stored)) * self.config.block_size
         return sequence.deadline - self.pace.least_seconds(sequence.num_tokens - cached + ahead)
 
     def _sure_to_be_ahead(self, sequence: Sequence) -> int:
