@@ -98,6 +98,10 @@ class CloudSettings(Settings):
     """Steps launched before the last results are looked at; unset: 1 on a GPU, 0 on a CPU."""
     cuda_graphs: bool = True
     """On CUDA, replay decode steps as recorded; costs seconds at the start."""
+    drafting: bool = True
+    """Guess tokens from those before and check them in the same step, where that is faster."""
+    free_rows: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    """Rows of a step that cost as much as reading the weights once; how far drafts go depends on it."""
 
     concurrent: Count = 64
     """Of one tenant: requests at once."""
@@ -147,6 +151,8 @@ class CloudSettings(Settings):
             prefix_caching=self.prefix_caching,
             async_depth=self.async_depth,
             cuda_graphs=self.cuda_graphs,
+            drafting=self.drafting,
+            free_rows=self.free_rows,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             quantization=self.quantization,

@@ -21,6 +21,10 @@ class EngineConfig:
     quantization: "int8" keeps the weights of matrix products as int8 (`model/packing.py`); all else stays in `dtype`.
     batch_patience: tokens computed for interactive requests before one waiting batch request is admitted ahead of them.
     host_blocks: blocks of evicted prefixes kept in host memory (0: as many as `host_bytes` holds, by default none).
+    drafting: guess tokens from those before (see `drafting`) and check them in the same step, where that is faster. In
+        float32 no token changes by it; in half precision only the distribution is the same.
+    free_rows: rows of a step that cost as much as reading the weights once (0: 16 on a CPU, 256 elsewhere). How far
+        drafts go depends on it.
     kv_dtype: of the cache; "auto" is `dtype`, "fp8" takes a byte a number, and needs `kv_scales`.
     kv_scales: for each layer what its keys and its values are divided by. Frozen like all else here, and part of what
         prefixes are found by: a block is never read under other scales than it was written with.
@@ -40,6 +44,8 @@ class EngineConfig:
     max_waiting: int = 256
     batch_patience: int = 8192
     prefix_caching: bool = True
+    drafting: bool = True
+    free_rows: int = 0
     dtype: DType = "float32"
     kv_dtype: KvDType = "auto"
     kv_scales: tuple[tuple[float, float], ...] = ()
@@ -74,6 +80,8 @@ class EngineConfig:
             raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
         if self.async_depth not in (None, 0, 1):
             raise ValueError(f"async_depth is {self.async_depth}; it must be 0 or 1")
+        if self.free_rows < 0:
+            raise ValueError("free_rows must not be negative")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 "max_num_batched_tokens must be at least max_num_seqs: every running sequence is served each step"
@@ -90,7 +98,8 @@ def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> Engine
     if 0 < config.host_bytes < block_bytes:
         raise ValueError(f"host_bytes {config.host_bytes} must be at least {block_bytes}, one block, or 0")
     held = (num_blocks - 1) * config.block_size
-    budget = max(256 if config.device == "cpu" else 4096, config.max_num_seqs)
+    on_cpu = config.device == "cpu"
+    budget = max(256 if on_cpu else 4096, config.max_num_seqs)
     return replace(
         config,
         num_blocks=num_blocks,
@@ -98,4 +107,5 @@ def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> Engine
         model_len=config.model_len or min(model_len, held),
         max_num_batched_tokens=config.max_num_batched_tokens or budget,
         async_depth=int(config.device != "cpu") if config.async_depth is None else config.async_depth,
+        free_rows=config.free_rows or (16 if on_cpu else 256),
     ).checked()

@@ -12,6 +12,7 @@ from itertools import islice
 from cloud_engine.engine.blocks import chain_root
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.device import Result, device_for
+from cloud_engine.engine.drafting import Drafter
 from cloud_engine.engine.draw import has_penalty
 from cloud_engine.engine.runner import Runner
 from cloud_engine.engine.sampler import Sampled
@@ -78,6 +79,8 @@ class Engine:
         self._launched: deque[tuple[list[Work], Result, float]] = deque()
         self._free_at = 0.0
         """When the device was last known to have done what it was given."""
+        drafts = self.config.drafting and self.config.free_rows > 0
+        self._drafter = Drafter(self.config.free_rows) if drafts else None
         self.vocab_size = runner.model.config.vocab_size
         self._stop_ids = stop_ids
         self._identity = identity
@@ -137,8 +140,11 @@ class Engine:
         """Schedule and launch a step, then settle: that step, or with `async_depth` 1 the one before, whose results
         have come in the meantime. Empty when nothing was due, or when only parts of prompts were computed."""
         outputs: list[Output] = []
-        if any(item.waits for work, _, _ in self._launched for item in work):
+        running, drafter = self.scheduler.running, self._drafter
+        if any(item.waits for work, _, _ in self._launched for item in work) or (drafter and drafter.hopes(running)):
             outputs += self._settle()
+        if drafter is not None:
+            drafter.propose(running)
         if work := self.scheduler.schedule():
             draws = [draw for item in work for draw in item.draws()]
             result = self._device.launch([item.chunk() for item in work], draws)
@@ -161,6 +167,8 @@ class Engine:
         self.scheduler.pace.observe(sum(item.rows for item in work), now - max(launched, self._free_at))
         self._free_at = now
         taken = self.scheduler.settle(work, [[item.token for item in tokens] for tokens in sampled])
+        if self._drafter is not None:
+            self._drafter.learn(sampling, taken)
         self._generated += sum(taken)
         return [
             Output(item.sequence, tokens[index], item.sequence.ending if index == count - 1 else None)

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Literal
 
 from cloud_engine.engine.blocks import chain_hash
+from cloud_engine.engine.lookup import Lookup
 from shared.schemas import Priority, Sampling
 
 Ending = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -52,6 +53,8 @@ class Sequence:
     preemptions: int = 0
     draft: tuple[int, ...] = ()
     """Guesses of the tokens that come next, to be checked in the step that reaches the end of `tokens`."""
+    lookup: Lookup | None = None
+    """Where its guesses come from, once it has made any."""
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0

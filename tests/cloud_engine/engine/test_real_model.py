@@ -101,6 +101,14 @@ def test_batched_chunked_and_shared(model, prompts, wanted):
     assert batched.stats().preemptions == 0
 
 
+def test_drafted(model, prompts, wanted):
+    """With drafts of the engine's own, right and wrong ones."""
+    drafting = engine(model, free_rows=64)
+    assert generate(drafting, prompts) == wanted
+    stats = drafting.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+
+
 @pytest.mark.parametrize("caching", [False, True])
 def test_preempted(model, prompts, wanted, caching):
     """All 50 at once in too few blocks: many are preempted and recomputed, with and without the prefix cache."""
