@@ -102,6 +102,8 @@ class CloudSettings(Settings):
     """Guess tokens from those before and check them in the same step, where that is faster."""
     free_rows: Annotated[int, Field(ge=0, le=1 << 16)] = 0
     """Rows of a step that cost as much as reading the weights once; how far drafts go depends on it."""
+    draft_patience: Seconds = 60.0
+    """How long a request with a drafter outside may stand still between two drafts."""
 
     concurrent: Count = 64
     """Of one tenant: requests at once."""
@@ -153,6 +155,7 @@ class CloudSettings(Settings):
             cuda_graphs=self.cuda_graphs,
             drafting=self.drafting,
             free_rows=self.free_rows,
+            draft_patience=self.draft_patience,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             quantization=self.quantization,

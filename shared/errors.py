@@ -12,6 +12,7 @@
     ├── MethodNotAllowed        405
     ├── PolicyDenied            403  the administrator's policy permits no target
     ├── RequestConflict         409  this request id was used with another body
+    ├── StaleDraft              409  a draft for a length that the sequence does not have
     ├── RateLimited             429  retryable
     ├── Overloaded              503  retryable; queue full or draining
     ├── Unreachable             502  retryable; no connection to the cloud
@@ -105,6 +106,10 @@ class PolicyDenied(CausewayError):
 
 class RequestConflict(CausewayError):
     code, status = "request_conflict", 409
+
+
+class StaleDraft(CausewayError):
+    code, status = "stale_draft", 409
 
 
 class RateLimited(CausewayError):

@@ -23,6 +23,7 @@ class EngineConfig:
     host_blocks: blocks of evicted prefixes kept in host memory (0: as many as `host_bytes` holds, by default none).
     drafting: guess tokens from those before (see `drafting`) and check them in the same step, where that is faster. In
         float32 no token changes by it; in half precision only the distribution is the same.
+    draft_patience: seconds that a request with a drafter outside stands still between two drafts before it is ended.
     free_rows: rows of a step that cost as much as reading the weights once (0: 16 on a CPU, 256 elsewhere). How far
         drafts go depends on it.
     kv_dtype: of the cache; "auto" is `dtype`, "fp8" takes a byte a number, and needs `kv_scales`.
@@ -46,6 +47,7 @@ class EngineConfig:
     prefix_caching: bool = True
     drafting: bool = True
     free_rows: int = 0
+    draft_patience: float = 60.0
     dtype: DType = "float32"
     kv_dtype: KvDType = "auto"
     kv_scales: tuple[tuple[float, float], ...] = ()
@@ -82,6 +84,8 @@ class EngineConfig:
             raise ValueError(f"async_depth is {self.async_depth}; it must be 0 or 1")
         if self.free_rows < 0:
             raise ValueError("free_rows must not be negative")
+        if self.draft_patience <= 0:
+            raise ValueError("draft_patience must be positive")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 "max_num_batched_tokens must be at least max_num_seqs: every running sequence is served each step"

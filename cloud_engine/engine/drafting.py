@@ -23,13 +23,14 @@ class Drafter:
 
     def hopes(self, running: List[Sequence]) -> bool:
         """Whether tokens under way are worth waiting for: what can be guessed before them, can be after them too."""
-        pending = [sequence for sequence in running if sequence.num_pending]
+        pending = [sequence for sequence in running if sequence.num_pending and not sequence.drafted]
         return any(draft for _, draft in self._drafts(pending, running))
 
     def propose(self, running: List[Sequence]) -> None:
         """Drafts for those that decode, whose tokens are all known, and for whom nobody else drafted."""
         decoding = [item for item in running if item.num_output and item.num_due == 1 and not item.num_pending]
-        for sequence, draft in self._drafts([item for item in decoding if not item.draft], running):
+        ready = [item for item in decoding if not item.draft and not item.drafted]
+        for sequence, draft in self._drafts(ready, running):
             sequence.draft = draft
 
     def _drafts(self, ready: List[Sequence], running: List[Sequence]) -> Iterator[tuple[Sequence, tuple[int, ...]]]:

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 from shared.schemas import Sampling
 
+Odds = tuple[tuple[int, float], ...]
+"""A distribution: tokens and their probabilities, all others having none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """A token at `position` of a sequence, if its `draft` is right. `tokens` are those before the draft, of which the
-    first `num_prompt` are the prompt; only penalties count them, so the last may be missing where there are none."""
+    first `num_prompt` are the prompt; only penalties count them, so the last may be missing where there are none.
+    `guess` is a token that somebody drew from these odds: it is kept as often as can be without changing what the
+    token's distribution is."""
 
     sampling: Sampling
     seed: int
@@ -16,6 +21,7 @@ class Draw:
     tokens: list[int]
     num_prompt: int
     draft: tuple[int, ...] = ()
+    guess: tuple[int, Odds] | None = None
 
     @property
     def seen(self) -> list[int]:

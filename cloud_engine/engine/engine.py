@@ -4,7 +4,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from itertools import islice
@@ -17,8 +17,8 @@ from cloud_engine.engine.draw import has_penalty
 from cloud_engine.engine.runner import Runner
 from cloud_engine.engine.sampler import Sampled
 from cloud_engine.engine.scheduler import Scheduler, Work
-from cloud_engine.engine.sequence import Ending, Sequence
-from cloud_engine.engine.verify import kept
+from cloud_engine.engine.sequence import Ending, Sequence, Verified
+from cloud_engine.engine.verify import Verifier, kept
 from shared.errors import BadRequest
 from shared.schemas import Priority, Sampling
 
@@ -86,6 +86,7 @@ class Engine:
         self._identity = identity
         self._entropy = entropy
         self._steps = self._generated = 0
+        self._verifier = Verifier(self.scheduler, self.vocab_size)
 
     def add(
         self,
@@ -96,10 +97,12 @@ class Engine:
         salt: str = "",
         priority: Priority = "interactive",
         deadline: float = math.inf,
+        drafted: bool = False,
     ) -> Sequence:
         """Queue a request. Raises BadRequest, ContextTooLong, DeadlineExceeded, Overloaded or RequestConflict; then
         nothing has changed. `salt` is its tenant: only requests of the same one share cached prefixes, and tenants take
-        turns. `deadline` is a time of `clock`."""
+        turns. `deadline` is a time of `clock`. A `drafted` request stands still after its first token until `verify`
+        brings a draft."""
         if not tokens:
             raise BadRequest("the prompt has no tokens", param="prompt")
         if not all(0 <= token < self.vocab_size for token in tokens):
@@ -115,10 +118,17 @@ class Engine:
             tenant=salt,
             priority=priority,
             deadline=deadline,
-            waits=has_penalty(sampling),
+            waits=has_penalty(sampling) or drafted,
+            drafted=drafted,
         )
         self.scheduler.add(sequence, self.clock())
         return sequence
+
+    def verify(
+        self, request: str, base_length: int, draft_ids: List[int], draft_probs: List[Mapping[int, float]] | None = None
+    ) -> Verified | None:
+        """Check a draft in the next step, see `Verifier.verify`."""
+        return self._verifier.verify(request, base_length, draft_ids, draft_probs)
 
     def abort(self, sequence_id: str) -> bool:
         """Stop a request in whatever state it is; False if it has ended or never was."""
@@ -130,7 +140,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.live or self._launched)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._launched)
 
     def expire(self) -> list[Sequence]:
         """End the requests that cannot be answered by their deadline any more. To be called before each step."""
@@ -167,6 +177,7 @@ class Engine:
         self.scheduler.pace.observe(sum(item.rows for item in work), now - max(launched, self._free_at))
         self._free_at = now
         taken = self.scheduler.settle(work, [[item.token for item in tokens] for tokens in sampled])
+        self._verifier.settled(sampling, taken)
         if self._drafter is not None:
             self._drafter.learn(sampling, taken)
         self._generated += sum(taken)

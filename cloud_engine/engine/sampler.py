@@ -22,6 +22,9 @@ FAILED = -1
 """Token of a row whose best logit is not finite: nothing sensible can be drawn, and nothing else should suffer."""
 
 
+KEEPING = 1 << 63
+"""Added to a position, it gives a second random number: the one by which a guess is kept."""
+
 COLDEST = 1e-30
 """The lowest temperature that float32 can divide by."""
 
@@ -127,10 +130,27 @@ def _draw(logits: Tensor, draws: List[Draw]) -> Tensor:
     if any(item.min_p for item in settings):
         floors = [math.log(item.min_p) if item.min_p else -math.inf for item in settings]
         logits = logits.masked_fill(logits < _column(floors, logits), -math.inf)
-    cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    weights = logits.softmax(dim=-1).double()
+    if any(draw.guess for draw in draws):
+        weights = torch.stack([_given_guess(row, draw) for row, draw in zip(weights, draws, strict=True)])
+    cumulative = weights.cumsum(dim=-1)
     points = stage([[uniform(draw.seed, draw.position)] for draw in draws], torch.float64, logits.device)
     # Right of the point is the first token whose own probability is not zero; u < 1 keeps it inside.
     return torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
+
+
+def _given_guess(p: Tensor, draw: Draw) -> Tensor:
+    """Weights to draw from for a guess x that was drawn from q: x alone with probability p(x) / q(x), else what p has
+    over q. Both together give p (speculative sampling, see arXiv 2211.17192)."""
+    if draw.guess is None:
+        return p
+    token, odds = draw.guess
+    ids, values = zip(*odds, strict=True)
+    q = torch.zeros_like(p).scatter_(0, _rows(ids, p), stage(values, p.dtype, p.device))
+    rest = (p - q).clamp_(min=0)
+    rest = torch.where(rest.sum() > 0, rest, p)  # q is p but for rounding
+    keep = uniform(draw.seed, draw.position + KEEPING) * q[token] < p[token]
+    return torch.where(keep, torch.zeros_like(p).index_fill_(0, _rows([token], p), 1), rest)
 
 
 def _top_k_top_p(logits: Tensor, settings: List[Sampling]) -> Tensor:

@@ -16,7 +16,7 @@ from cloud_engine.engine.blocks import BlockPool
 from cloud_engine.engine.chunk import Chunk, Swap
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.deadlines import Deadlines, Pace
-from cloud_engine.engine.draw import Draw
+from cloud_engine.engine.draw import Draw, Odds
 from cloud_engine.engine.order import OUTPUT_WEIGHT, WaitingQueue, rank
 from cloud_engine.engine.sequence import Ending, Sequence, State
 from shared.errors import ContextTooLong, DeadlineExceeded, Overloaded, RequestConflict
@@ -36,6 +36,7 @@ class Work:
     count: int
     samples: bool
     draft: tuple[int, ...] = ()
+    odds: tuple[Odds, ...] = ()
     previous: int | None = None
     swaps: tuple[Swap, ...] = ()
 
@@ -61,9 +62,16 @@ class Work:
     def draws(self) -> list[Draw]:
         """How the tokens after these are drawn, one for each row of logits that is wanted."""
         sequence, end = self.sequence, self.start + self.count
+        guesses = [*zip(self.draft, self.odds, strict=False)]  # odds for all of a draft, or for none
         return [
             Draw(
-                sequence.sampling, sequence.seed, end + right, sequence.tokens, sequence.num_prompt, self.draft[:right]
+                sequence.sampling,
+                sequence.seed,
+                end + right,
+                sequence.tokens,
+                sequence.num_prompt,
+                self.draft[:right],
+                guesses[right] if right < len(guesses) else None,
             )
             for right in range(self.samples + len(self.draft))
         ]
@@ -96,6 +104,8 @@ class Scheduler:
         self.waiting = WaitingQueue(config.batch_patience)
         self.running: list[Sequence] = []
         """Sorted by rank."""
+        self.held: dict[Sequence, float] = {}
+        """Those that stand still until their next draft, and since when, as far as `tick` knows."""
         self.live: dict[str, Sequence] = {}
         self.counters = Counters()
         self.pace = Pace(full=config.max_num_batched_tokens // 2)
@@ -121,6 +131,8 @@ class Scheduler:
                 param="max_tokens",
             )
         self._check_room(sequence.tenant)
+        if sequence.drafted and len(self.held) >= self.config.max_waiting:
+            raise Overloaded(f"{len(self.held)} requests wait for drafts already", retry_after=1.0)
         if sequence.deadline < math.inf and self._latest_start(sequence, self._sure_to_be_ahead(sequence)) <= now:
             self.counters.expired += 1
             raise DeadlineExceeded("the answer cannot begin before its deadline")
@@ -168,9 +180,13 @@ class Scheduler:
         return work
 
     def tick(self, now: float) -> list[Sequence]:
-        """End what has passed its deadline, or waits and cannot be computed any more by then. To be called before
-        each step, with a clock that does not go back; gives those that it ended."""
-        ended = []
+        """End what has passed its deadline, or waits and cannot be computed any more by then, or was not drafted for
+        in `draft_patience`. To be called before each step, with a clock that does not go back; gives those that it
+        ended."""
+        ended = [held for held, since in self.held.items() if now - since >= self.config.draft_patience]
+        for sequence in ended:
+            self.finish(sequence, "cancelled")
+        self.held = {held: min(since, now) for held, since in self.held.items()}
         for sequence in self._deadlines.due(now):
             waits = sequence.state is State.WAITING
             at = self._latest_start(sequence) if waits else sequence.deadline
@@ -207,6 +223,8 @@ class Scheduler:
         self.counters.accepted_tokens += len(sampled) - 1
         if ending is not None:
             self.finish(sequence, ending)
+        elif sequence.drafted:
+            self._hold(sequence)
         return taken
 
     def _keep_computed(self, sequence: Sequence, known: int, accepted: int) -> None:
@@ -228,10 +246,41 @@ class Scheduler:
         del self.live[sequence.id]
         if was is State.RUNNING:
             self.running.remove(sequence)
+        elif was is State.HELD:
+            del self.held[sequence]
         else:
             self.waiting.remove(sequence)
         self.pool.release(sequence.block_table)
         sequence.block_table = []
+        return True
+
+    def resume(self, sequence: Sequence, draft: tuple[int, ...], odds: tuple[Odds, ...]) -> None:
+        """A held sequence goes on with this draft; if its place or its blocks are taken, once it is admitted again."""
+        del self.held[sequence]
+        sequence.draft, sequence.odds = draft, odds
+        if sequence.block_table and len(self.running) < self.config.max_num_seqs:
+            sequence.state = State.RUNNING
+            insort(self.running, sequence, key=rank)
+        else:
+            self._forget(sequence)
+            self.waiting.put_back(sequence)
+
+    def _hold(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.state = State.HELD
+        self.held[sequence] = math.inf
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.reset()
+
+    def _take_from_held(self) -> bool:
+        """Free the blocks of a sequence that stands still, first of the one that does so the longest."""
+        victim = next((sequence for sequence in self.held if sequence.block_table), None)
+        if victim is None:
+            return False
+        self._forget(victim)
+        victim.state = State.HELD
         return True
 
     def _check_room(self, tenant: str) -> None:
@@ -286,9 +335,10 @@ class Scheduler:
         self.counters.chunks += not samples
         if self.config.prefix_caching:
             self._publish(sequence)
+        odds = sequence.odds
         if samples:
-            sequence.draft = ()
-        return Work(sequence, start, count, samples, draft, previous)
+            sequence.draft = sequence.odds = ()
+        return Work(sequence, start, count, samples, draft, odds, previous)
 
     def _publish(self, sequence: Sequence) -> None:
         """Make the blocks that this step fills findable at once, for sequences of the same step too. That is sound
@@ -310,6 +360,8 @@ class Scheduler:
         Those at the back come later in this step, so a preempted one is never part of it yet."""
         lacking = self._blocks_for(sequence.num_computed + count) - len(sequence.block_table)
         while lacking > self.pool.num_free:
+            if self._take_from_held():
+                continue
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -320,8 +372,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
-        self.pool.release(victim.block_table)
-        victim.reset()
+        self._forget(victim)
         self.waiting.put_back(victim)
         self.counters.preemptions += 1
 
@@ -335,15 +386,20 @@ class Scheduler:
 
     def _has_place(self, sequence: Sequence) -> bool:
         """Whether `_admit` would succeed."""
+        if len(self.running) >= self.config.max_num_seqs:
+            return False
         hit, _ = self._hit(sequence)
         new = self._blocks_for(sequence.num_tokens) - len(hit)
-        return len(self.running) < self.config.max_num_seqs and self.pool.fits(hit, new, spare=len(self.running))
+        while not self.pool.fits(hit, new, spare=len(self.running)):
+            if not self._take_from_held():
+                return False
+        return True
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a place and the blocks of all its tokens, or nothing. Holding back while the whole
         does not fit, or would leave the running ones no block each to grow into, is what keeps a full pool from
         thrashing."""
-        if len(self.running) >= self.config.max_num_seqs:
+        if not self._has_place(sequence):
             return False
         hit, stored = self._hit(sequence)
         new = self._blocks_for(sequence.num_tokens) - len(hit)

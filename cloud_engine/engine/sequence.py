@@ -6,15 +6,38 @@ from enum import Enum
 from typing import Literal
 
 from cloud_engine.engine.blocks import chain_hash
+from cloud_engine.engine.draw import Odds
 from cloud_engine.engine.lookup import Lookup
 from shared.schemas import Priority, Sampling
 
 Ending = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What came of a draft: how many of its tokens stand, and `tokens`, by which the sequence has grown: these and one
+    more, unless it ended among them. `length` is now that of the sequence, and where the next draft begins."""
+
+    accepted: int
+    tokens: tuple[int, ...]
+    length: int
+    ending: Ending | None
+
+
+@dataclass(slots=True)
+class Round:
+    """A draft from outside as it came, and its result once it was checked."""
+
+    length: int
+    draft: tuple[int, ...]
+    odds: tuple[Odds, ...]
+    result: Verified | None = None
+
+
 class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    HELD = "held"
     PREEMPTED = "preempted"
     FINISHED = "finished"
 
@@ -53,6 +76,12 @@ class Sequence:
     preemptions: int = 0
     draft: tuple[int, ...] = ()
     """Guesses of the tokens that come next, to be checked in the step that reaches the end of `tokens`."""
+    odds: tuple[Odds, ...] = ()
+    """The distributions that the tokens of `draft` were drawn from, if they were."""
+    drafted: bool = False
+    """Advanced by drafts from outside only: between two of them it stands still."""
+    round: Round | None = None
+    """Of such a sequence, the last draft that came."""
     lookup: Lookup | None = None
     """Where its guesses come from, once it has made any."""
     block_table: list[int] = field(default_factory=list)
