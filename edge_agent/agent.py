@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -18,12 +19,22 @@ from router.decide import Decision, decide
 from router.features import NO_CLOUD, DeviceReading, LinkReading, estimate_tokens
 from router.observe import observe
 from router.policy import Policy
+from router.records import Recorded
 from shared.errors import CausewayError, PolicyDenied, UpstreamFailed
 from shared.schemas import ChatRequest, Delta, Route, Target
 from shared.telemetry import Listener, observed
 
 COUNT_TIMEOUT_S = 5.0
 MAX_FAILURE_CHARS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One request, decided: `decision` is the error if it is refused; `record` holds all that was seen and said."""
+
+    policy: Policy
+    decision: Decision | CausewayError
+    record: Recorded
 
 
 class Agent:
@@ -40,13 +51,17 @@ class Agent:
         policy: Callable[[], Policy],
         device: Callable[[], DeviceReading],
         listeners: tuple[Listener, ...] = (),
+        record: Callable[[str, Recorded], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._local = local
         self._offload = offload
         self._policy = policy
         self._device = device
         self._listeners = listeners
+        self._record = record
+        self._wall_clock = wall_clock
         self._clock = clock
 
     def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
@@ -56,11 +71,29 @@ class Agent:
     def link(self) -> LinkReading:
         return self._offload.reading() if self._offload else NO_CLOUD
 
-    async def _answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+    async def plan(self, request: ChatRequest) -> Plan:
+        """What would happen to this request now, and by which policy. Runs nothing, raises nothing for a refusal."""
         prompt_tokens = await self._prompt_tokens(request)
         policy = self._policy()
         features = observe(request, policy, prompt_tokens=prompt_tokens)
-        decision = decide(features, policy, device=self._device(), link=self.link())
+        device, link = self._device(), self.link()
+        record = Recorded(at=self._wall_clock(), request=features, device=device, link=link, policy=policy.fingerprint)
+        try:
+            decision = decide(features, policy, device=device, link=link)
+        except CausewayError as error:
+            return Plan(policy, error, replace(record, refused=error.code, reason=error.message))
+        said = replace(
+            record, target=decision.target, rule=decision.rule, reason=decision.reason, redact=decision.redact
+        )
+        return Plan(policy, decision, said)
+
+    async def _answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        plan = await self.plan(request)
+        if self._record is not None:
+            self._record(request.id, plan.record)
+        if isinstance(plan.decision, CausewayError):
+            raise plan.decision
+        policy, decision = plan.policy, plan.decision
         route, began = self._route(decision.target, decision.reason), False
         if decision.redact:
             request = msgspec.structs.replace(request, label="redact")

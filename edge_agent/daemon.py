@@ -13,11 +13,12 @@ from edge_agent.backends.base import LocalBackend, RemoteBackend
 from edge_agent.counts import RouteCounts
 from edge_agent.device import Device
 from edge_agent.intake import Intake
+from edge_agent.journal import Journal
 from edge_agent.offload import Offload
 from edge_agent.policy_file import PolicyFile
 from router.features import VIRTUAL_MODELS
 from shared.schemas import ModelCard
-from shared.telemetry import RequestLog, RequestMetrics
+from shared.telemetry import Listener, RequestLog, RequestMetrics
 
 BREAKER_STATES = ("closed", "half_open", "open")
 
@@ -34,17 +35,22 @@ class Daemon:
     policy: PolicyFile
     counts: RouteCounts
     registry: CollectorRegistry
+    journal: Journal | None
 
 
-def put_together(local: LocalBackend, cloud: RemoteBackend | None, policy: PolicyFile) -> Daemon:
+def put_together(
+    local: LocalBackend, cloud: RemoteBackend | None, policy: PolicyFile, journal: Journal | None = None
+) -> Daemon:
     registry, counts, device = CollectorRegistry(), RouteCounts(), Device(local)
+    listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts)
     offload = Offload(cloud) if cloud is not None else None
     agent = Agent(
         local,
         offload,
         policy=lambda: policy.policy,
         device=device.reading,
-        listeners=(RequestMetrics(registry), RequestLog(), counts),
+        listeners=listeners if journal is None else (*listeners, journal),
+        record=None if journal is None else journal.decided,
     )
     daemon = Daemon(
         intake=Intake(agent),
@@ -55,6 +61,7 @@ def put_together(local: LocalBackend, cloud: RemoteBackend | None, policy: Polic
         policy=policy,
         counts=counts,
         registry=registry,
+        journal=journal,
     )
     registry.register(Gauges(daemon))
     return daemon
@@ -102,6 +109,10 @@ class Gauges(Collector):
             for state in BREAKER_STATES:
                 breaker.add_metric((state,), float(state == now))
             yield breaker
+        if self._daemon.journal is not None:
+            lost = CounterMetricFamily("causeway_journal_lost", "Decisions that could not be written to the journal")
+            lost.add_metric((), self._daemon.journal.lost)
+            yield lost
         failures = CounterMetricFamily("causeway_policy_reload_failures", "Policy files rejected")
         failures.add_metric((), self._daemon.policy.failures)
         yield failures

@@ -15,6 +15,7 @@ from edge_agent.api.openai import openai_app
 from edge_agent.backends.cloud import CloudBackend
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.daemon import put_together
+from edge_agent.journal import Journal
 from edge_agent.policy_file import PolicyFile
 from edge_agent.settings import EdgeSettings, check
 from shared.config import InvalidSettings, read_secret
@@ -29,7 +30,8 @@ async def run(settings: EdgeSettings) -> None:
     check(settings)
     policy = PolicyFile(settings.policy)
     keys = Keys(settings.keys, source="edge") if settings.keys else None
-    token = admin_token(settings.state_dir or state_folder(os.environ, Path.home()))
+    state = settings.state_dir or state_folder(os.environ, Path.home())
+    token = admin_token(state)
     async with AsyncExitStack() as closing:
         cloud, local = _cloud(settings), _local(settings)
         if cloud is not None:
@@ -37,7 +39,9 @@ async def run(settings: EdgeSettings) -> None:
             cloud.start()  # connects while the model loads
         closing.push_async_callback(local.aclose)
         await local.start()
-        daemon = put_together(local, cloud, policy)
+        journal = Journal(state / "journal.db")
+        closing.callback(journal.close)
+        daemon = put_together(local, cloud, policy, journal)
         app = openai_app(daemon, keys=keys, guard=_guard(settings))
         add_admin(app, daemon, token=token)
         await closing.enter_async_context(background(daemon.device.watch, policy.watch))

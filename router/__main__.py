@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sqlite3
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,8 @@ from router.document import MAX_BYTES
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
 from router.observe import observe
 from router.policy import InvalidPolicy, Policy, json_schema, parse
+from router.records import MAX_ROWS, read
+from router.replay import replay, said
 from shared.errors import BadRequest, CausewayError
 from shared.schemas import LABELS, ChatRequest, Label, Message, Sampling
 
@@ -71,6 +75,27 @@ def explain(
         _refused(error, features, as_json=as_json)
         raise typer.Exit(1) from None
     _show(decision, features, as_json=as_json)
+
+
+@app.command("replay")
+def replay_journal(
+    journal: Annotated[Path, typer.Argument(help="The edge agent's journal.db.")],
+    policy: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The candidate.")],
+    last: Annotated[int, typer.Option(min=1, help="How many of the newest decisions.")] = MAX_ROWS,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What would this policy have done with the decisions that were recorded? Runs no model."""
+    candidate = _load(policy)
+    try:
+        comparison = replay(read(journal, limit=last), candidate)
+    except (OSError, sqlite3.Error) as error:
+        typer.echo(f"{journal}: {error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        moved = [{"from": before, "to": after, "count": n} for (before, after), n in comparison.moved.most_common()]
+        typer.echo(json.dumps({**dataclasses.asdict(comparison), "moved": moved, "changed": comparison.changed}))
+        return
+    _print({"would": said(comparison), "decided by": _counted(comparison.rules)})
 
 
 @app.command()
@@ -135,6 +160,10 @@ def _refused(error: CausewayError, features: RequestFeatures, *, as_json: bool) 
         typer.echo(json.dumps({"error": refusal, "features": dataclasses.asdict(features)}))
         return
     _print({"refused": error.code, "reason": error.message, "measured": _measured(features)})
+
+
+def _counted(counts: Counter[str]) -> str:
+    return "\n".join(f"{count:>6}  {name}" for name, count in counts.most_common(12))
 
 
 def _measured(features: RequestFeatures) -> str:

@@ -1,6 +1,7 @@
 """What the administrator writes: a `Policy`, read from YAML by `parse`. The README says how to write one."""
 
 import difflib
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Annotated, Any, Final, Literal, Self
@@ -266,6 +267,11 @@ class Policy(_Written):
         float, Field(gt=0, le=3_600_000, description="a slower link is avoided while the edge can answer")
     ] = 2000.0
     breaker: Breaker = Breaker()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names what is in force, whatever its file is called or how it is written."""
+        return hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
 
     @cached_property
     def asks_difficulty(self) -> bool:

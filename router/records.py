@@ -1,0 +1,72 @@
+"""Decisions as they are recorded: what each one saw, said and led to, in a SQLite file that the edge agent writes.
+
+No prompt, no answer and no secret is in a record: it has no field for them.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from router.features import DeviceReading, LinkReading, RequestFeatures
+from shared.schemas import Target
+
+SCHEMA: Final = (
+    "CREATE TABLE IF NOT EXISTS decisions (id INTEGER PRIMARY KEY, at REAL NOT NULL, recorded BLOB NOT NULL)"
+)
+INSERT: Final = "INSERT INTO decisions (at, recorded) VALUES (?, ?)"
+MAX_ROWS: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a recorded request ended. Times in seconds; None where it has not ended, or no token came."""
+
+    served: Target | None = None
+    ending: str = ""
+    first_token_s: float | None = None
+    total_s: float | None = None
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """One decision: what it saw, what it said, what came of it. `at` in seconds since 1970; `refused` is an error's
+    code, and then there is no target. `policy` names the version that decided."""
+
+    at: float
+    request: RequestFeatures
+    device: DeviceReading
+    link: LinkReading
+    policy: str = ""
+    target: Target | None = None
+    rule: str = ""
+    reason: str = ""
+    redact: bool = False
+    refused: str = ""
+    outcome: Outcome = Outcome()
+
+
+def encode(record: Recorded) -> bytes:
+    return msgspec.json.encode(record)
+
+
+def decoded(raw: bytes) -> Recorded:
+    """Raises ValueError for what `encode` never wrote."""
+    return msgspec.json.decode(raw, type=Recorded)
+
+
+def read(path: Path, *, limit: int = MAX_ROWS) -> Iterator[Recorded]:
+    """The newest `limit` records, oldest first; those that another version wrote are passed over. Raises OSError or
+    sqlite3.Error where the file cannot be read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no journal at {path}")
+    newest = "SELECT id, recorded FROM decisions ORDER BY id DESC LIMIT ?"
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        for _, raw in database.execute(f"SELECT * FROM ({newest}) ORDER BY id", (limit,)):  # noqa: S608 - a constant
+            with contextlib.suppress(ValueError):
+                yield decoded(raw)

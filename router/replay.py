@@ -1,0 +1,103 @@
+"""What a candidate policy would have done with requests that were recorded: no model is called, no text was kept.
+
+A record holds the values that `decide` saw and what came of it. Replaying is calling `decide` again on the same values.
+Times of the side that did not answer are estimated from the records of requests that it did answer, the nearest ones in
+length; with none to go by, nothing is said.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from router.decide import Decision, decide
+from router.policy import Policy
+from router.records import Recorded
+from shared.errors import CausewayError
+
+NEIGHBOURS = 25
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What would change. `moved` counts by (recorded, candidate), each a target or "refused"; `leaks` are requests that
+    must stay on the device and would be sent: zero unless `decide` itself is broken."""
+
+    total: int = 0
+    moved: Counter[tuple[str, str]] = field(default_factory=Counter)
+    rules: Counter[str] = field(default_factory=Counter)
+    """By the rule that decides under the candidate."""
+    redacted: int = 0
+    leaks: int = 0
+    first_token_change_s: float | None = None
+    """Mean over the moved requests for which both sides' times are known or can be estimated."""
+    estimated: int = 0
+    """How many requests that mean is of."""
+
+    @property
+    def changed(self) -> int:
+        return sum(self.moved.values())
+
+
+def replay(records: Iterable[Recorded], candidate: Policy) -> Comparison:
+    """Decide each recorded request again. Measures that the recorded policy did not ask for are not there: a candidate
+    that asks for `difficulty` or privacy where the recorded one did not finds them unknown."""
+    recorded = list(records)
+    comparison, changes = Comparison(total=len(recorded)), list[float]()
+    speeds = {target: _Speed(recorded, target) for target in ("edge", "cloud")}
+    for record in recorded:
+        decision = _decide(record, candidate)
+        before = record.target or "refused"
+        after = decision.target if decision else "refused"
+        comparison.rules[decision.rule if decision else "refused"] += 1
+        comparison.redacted += decision is not None and decision.redact
+        comparison.leaks += after == "cloud" and record.request.label == "edge_only"
+        if before == after:
+            continue
+        comparison.moved[before, after] += 1
+        if decision is not None and record.target is not None:
+            was = record.outcome.first_token_s if record.outcome.served == record.target else None
+            becomes = speeds[decision.target].first_token_s(record.request.prompt_tokens)
+            if was is not None and becomes is not None:
+                changes.append(becomes - was)
+    if changes:
+        comparison.first_token_change_s, comparison.estimated = statistics.fmean(changes), len(changes)
+    return comparison
+
+
+def _decide(record: Recorded, policy: Policy) -> Decision | None:
+    try:
+        return decide(record.request, policy, device=record.device, link=record.link)
+    except CausewayError:
+        return None
+
+
+class _Speed:
+    """How long one side took to the first token, by the length of the prompt."""
+
+    def __init__(self, records: Sequence[Recorded], target: str) -> None:
+        self._seen = sorted(
+            (record.request.prompt_tokens, record.outcome.first_token_s)
+            for record in records
+            if record.outcome.served == target and record.outcome.first_token_s is not None
+        )
+
+    def first_token_s(self, prompt_tokens: int) -> float | None:
+        """The median of the nearest in length; None if that side answered nothing."""
+        if not self._seen:
+            return None
+        nearest = sorted(self._seen, key=lambda one: abs(one[0] - prompt_tokens))[:NEIGHBOURS]
+        return statistics.median(seconds for _, seconds in nearest)
+
+
+def said(comparison: Comparison) -> str:
+    """In a sentence, for people."""
+    moves = [f"move {count} to the {to}" for (_, to), count in comparison.moved.most_common() if to != "refused"]
+    refused = sum(count for (_, to), count in comparison.moved.items() if to == "refused")
+    parts = [*moves, *([f"refuse {refused} more"] if refused else [])] or ["change nothing"]
+    text = f"{', '.join(parts)} (of {comparison.total})"
+    text += f"; {comparison.redacted} redacted, {comparison.leaks} private leaks"
+    if comparison.first_token_change_s is not None:
+        ms = comparison.first_token_change_s * 1000
+        text += f"; first token {ms:+.0f} ms on {comparison.estimated} of the moved"
+    return text
