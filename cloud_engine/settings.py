@@ -98,6 +98,8 @@ class CloudSettings(Settings):
     """Steps launched before the last results are looked at; unset: 1 on a GPU, 0 on a CPU."""
     cuda_graphs: bool = True
     """On CUDA, replay decode steps as recorded; costs seconds at the start."""
+    deterministic: bool = False
+    """The same request gives the same logits, by a bit, whatever is computed beside it; several times slower."""
     drafting: bool = True
     """Guess tokens from those before and check them in the same step, where that is faster."""
     free_rows: Annotated[int, Field(ge=0, le=1 << 16)] = 0
@@ -153,6 +155,7 @@ class CloudSettings(Settings):
             prefix_caching=self.prefix_caching,
             async_depth=self.async_depth,
             cuda_graphs=self.cuda_graphs,
+            deterministic=self.deterministic,
             drafting=self.drafting,
             free_rows=self.free_rows,
             draft_patience=self.draft_patience,

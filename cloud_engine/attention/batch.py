@@ -65,18 +65,32 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows of one sequence at their `place` among the queries of a problem: see `cloud_engine.attention.invariant`. Its
+    keys are in `blocks`, of which the first `written` are; `mask` [queries, keys] says which each query may see."""
+
+    rows: slice
+    place: slice
+    blocks: Tensor
+    written: int
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """One step. `slots` [T] is where each new token's key and value go (int64: slot times stride exceeds 32 bits on
     large pools). Every sequence is either one of `spans` or in one of `decodes`; or all are in `packed`, which is what
-    a kernel with `Kernel.packed` reads, and the others need not be made. The masks of spans and decodes, and `packed`,
-    already keep to `window`; it is None where a token sees all before it. `scales` are what keys and values are
-    divided by in an FP8 cache: kernels need not look at them, see `cloud_engine.attention.fp8`."""
+    a kernel with `Kernel.packed` reads, and the others need not be made; or in `tiles`, for the invariant kernel. The
+    masks of spans, decodes and tiles, and `packed`, already keep to `window`; it is None where a token sees all before
+    it. `scales` are what keys and values are divided by in an FP8 cache: kernels need not look at them, see
+    `cloud_engine.attention.fp8`."""
 
     slots: Tensor
     spans: tuple[Span, ...] = ()
     decodes: tuple[Decodes, ...] = ()
     window: int | None = None
     packed: Packed | None = None
+    tiles: tuple[Tile, ...] = ()
     scales: tuple[float, float] = (1.0, 1.0)
 
 

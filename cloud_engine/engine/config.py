@@ -23,6 +23,8 @@ class EngineConfig:
     host_blocks: blocks of evicted prefixes kept in host memory (0: as many as `host_bytes` holds, by default none).
     drafting: guess tokens from those before (see `drafting`) and check them in the same step, where that is faster. In
         float32 no token changes by it; in half precision only the distribution is the same.
+    deterministic: a request's logits do not depend on what is computed beside it, by a bit: not on the batch, chunks,
+        cached prefixes, preemption or drafts. Several times slower; needs `async_depth` 0.
     draft_patience: seconds that a request with a drafter outside stands still between two drafts before it is ended.
     free_rows: rows of a step that cost as much as reading the weights once (0: 16 on a CPU, 256 elsewhere). How far
         drafts go depends on it.
@@ -45,6 +47,7 @@ class EngineConfig:
     max_waiting: int = 256
     batch_patience: int = 8192
     prefix_caching: bool = True
+    deterministic: bool = False
     drafting: bool = True
     free_rows: int = 0
     draft_patience: float = 60.0
@@ -82,6 +85,8 @@ class EngineConfig:
             raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
         if self.async_depth not in (None, 0, 1):
             raise ValueError(f"async_depth is {self.async_depth}; it must be 0 or 1")
+        if self.deterministic and self.async_depth == 1:
+            raise ValueError("deterministic needs async_depth 0")
         if self.free_rows < 0:
             raise ValueError("free_rows must not be negative")
         if self.draft_patience <= 0:
@@ -103,6 +108,7 @@ def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> Engine
         raise ValueError(f"host_bytes {config.host_bytes} must be at least {block_bytes}, one block, or 0")
     held = (num_blocks - 1) * config.block_size
     on_cpu = config.device == "cpu"
+    depth = 0 if on_cpu or config.deterministic else 1
     budget = max(256 if on_cpu else 4096, config.max_num_seqs)
     return replace(
         config,
@@ -110,6 +116,6 @@ def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> Engine
         host_blocks=config.host_blocks or config.host_bytes // block_bytes,
         model_len=config.model_len or min(model_len, held),
         max_num_batched_tokens=config.max_num_batched_tokens or budget,
-        async_depth=int(config.device != "cpu") if config.async_depth is None else config.async_depth,
+        async_depth=depth if config.async_depth is None else config.async_depth,
         free_rows=config.free_rows or (16 if on_cpu else 256),
     ).checked()

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cloud_engine.attention import paged
+from cloud_engine.attention import invariant, paged
 from cloud_engine.attention.batch import (
     FP8,
+    NULL,
     UNLIMITED,
     Attention,
     AttentionBatch,
@@ -27,8 +28,9 @@ from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.graphs import Capture, DecodeGraphs, DecodeInputs, record
 from cloud_engine.engine.host_store import HostStore
+from cloud_engine.engine.tiles import ROWS, tiles
 from cloud_engine.model.config import LayerKind, ModelConfig
-from cloud_engine.model.decoder import Model, View
+from cloud_engine.model.decoder import Decoder, Model, View
 from cloud_engine.model.rotary import Rotation, rotary_table
 from cloud_engine.staging import stage
 
@@ -44,6 +46,11 @@ class Runner:
     def __init__(
         self, model: Model, config: EngineConfig, attend: Attention = paged.attend, *, packed: bool = False
     ) -> None:
+        if config.deterministic:
+            attend, packed = invariant.attend, False
+            if not isinstance(model, Decoder):
+                raise ValueError("deterministic needs the whole model in one process")
+            model.fix_rows(ROWS)
         self.model, self.config, self.packed = model, config, packed
         self.attend = Scaled(attend) if config.kv_dtype == "fp8" else attend
         if config.kv_dtype == "fp8" and len(config.kv_scales) != model.config.num_layers:
@@ -68,6 +75,8 @@ class Runner:
         sampled; needed where a chunk has `previous`."""
         with torch.inference_mode():
             self.host.apply(swap for chunk in chunks for swap in chunk.swaps)
+            if self.config.deterministic:
+                return torch.cat([self._tile(tile) for tile in tiles(chunks)])
             if self.graphs is not None and self.graphs.fits(chunks):
                 return self.graphs.run(chunks, lambda tokens: self._resolve(chunks, tokens, last))
             tokens, positions, rows = _rows(chunks)
@@ -76,6 +85,24 @@ class Runner:
             batch = self._packed if self.packed else self._batch
             views = self._views(self._tensor(positions), partial(batch, chunks))
             return self.model(inputs, views, self.attend, self.caches, self._tensor(rows))
+
+    def _tile(self, chunks: list[Chunk]) -> Tensor:
+        """A part of a deterministic step. Rows that pad it are written to the null block."""
+        tokens, positions, rows = _rows(chunks)
+        padding = [0] * (ROWS - len(tokens))
+        views = self._views(self._tensor(positions + padding), partial(self._tiled, chunks))
+        return self.model(self._tensor(tokens + padding), views, self.attend, self.caches, self._tensor(rows))
+
+    def _tiled(self, chunks: list[Chunk], window: int | None) -> AttentionBatch:
+        size = self.config.block_size
+        slots = [slot for chunk in chunks for slot in _slots(chunk, size)]
+        starts = itertools.accumulate((chunk.count for chunk in chunks), initial=0)
+        made = [
+            invariant.tiles(row, chunk.start, chunk.end, chunk.table, size, self.device, window)
+            for row, chunk in zip(starts, chunks, strict=False)
+        ]
+        slots += [NULL * size] * (ROWS - len(slots))
+        return AttentionBatch(self._tensor(slots), window=window, tiles=tuple(itertools.chain(*made)))
 
     def _decode(self, inputs: DecodeInputs) -> Tensor:
         """A step of one row a sequence, without a look at what the inputs hold."""
@@ -145,6 +172,8 @@ class Runner:
 
 def attention_for(model: ModelConfig, config: EngineConfig) -> Kernel:
     """The attention that serves this model best here. On a GPU it is tried out first, which takes seconds."""
+    if config.deterministic:
+        return invariant.INVARIANT
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
     cache = FP8 if config.kv_dtype == "fp8" else dtype
     return select(Shape(model.num_heads, model.num_kv_heads, model.head_dim, config.block_size, dtype, device, cache))

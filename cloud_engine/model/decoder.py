@@ -1,5 +1,6 @@
 """A decoder-only model around any family's layers: embedding, layers, norm, output projection."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -87,6 +88,11 @@ class Decoder:
         if self.config.stage.ends:
             self.head.pack(quantization, keep=self.config.tied)
         return self
+
+    def fix_rows(self, rows: int) -> None:
+        """Compute every matrix product with this number of rows from now on: see `cloud_engine.engine.tiles`."""
+        for projection in (*itertools.chain(*(layer.projections() for layer in self.layers)), self.head):
+            projection.rows = rows
 
     def destinations(self) -> Destinations:
         """Where each tensor of a checkpoint that has a place here goes, under the name Hugging Face gives it."""

@@ -14,8 +14,15 @@ class Projection:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> None:
         self.weight, self.bias, self.exact = weight, bias, exact
         self._packed: Packed | None = None
+        self.rows: int | None = None
+        """The number of rows that every product has, if that is fixed: fewer are padded."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.rows is not None and 0 < len(x) < self.rows:
+            return self._product(F.pad(x, (0, 0, 0, self.rows - len(x))))[: len(x)]
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self._packed is None or not len(x):
             return F.linear(x, self.weight, self.bias)
         return self._packed(x)
