@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cloud_engine.engine.config import DType, EngineConfig, KvDType, Quantization
+from cloud_engine.engine.config import MAX_RANKS, DType, EngineConfig, KvDType, Quantization
 from cloud_engine.gateway.limits import TenantLimits
 from shared.config import Settings
 from shared.guard import Guard
@@ -81,6 +81,14 @@ class CloudSettings(Settings):
     """Of the KV cache: that of the weights, or `fp8` (e4m3), a byte a number."""
     quantization: Quantization = "none"
     device: str = "cpu"
+    tensor_parallel: Annotated[int, Field(ge=1, le=MAX_RANKS)] = 1
+    """Processes, each with a GPU if `device` is cuda, that share every matrix of the model."""
+    pipeline_parallel: Annotated[int, Field(ge=1, le=MAX_RANKS)] = 1
+    """Stages, of `tensor_parallel` processes each, that have some of the layers each."""
+    expert_parallel: bool = False
+    """Divide a mixture of experts by experts, instead of dividing each expert."""
+    rank_timeout: Seconds = 60.0
+    """A step of several processes that takes longer counts as stuck, and the engine as failed."""
     model_len: Count = 0
     kv_blocks: Count = 0
     kv_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
@@ -163,6 +171,10 @@ class CloudSettings(Settings):
             kv_dtype=self.kv_dtype,
             quantization=self.quantization,
             device=self.device,
+            tensor_parallel=self.tensor_parallel,
+            pipeline_parallel=self.pipeline_parallel,
+            expert_parallel=self.expert_parallel,
+            rank_timeout=self.rank_timeout,
         )
 
     def tenant_limits(self) -> TenantLimits:

@@ -48,10 +48,10 @@ class ThreadedRanks:
 
     def __init__(self, pool: ThreadPoolExecutor, runners: list[Runner]) -> None:
         self.pool, self.runners = pool, runners
-        self.config, self.model = runners[0].config, runners[0].model
+        self.config, self.model, self.device = runners[0].config, runners[0].model, runners[0].device
 
-    def run(self, chunks) -> torch.Tensor:
-        logits, *others = self.pool.map(lambda runner: runner.run(chunks), self.runners)
+    def run(self, chunks, last=None) -> torch.Tensor:
+        logits, *others = self.pool.map(lambda runner: runner.run(chunks, last), self.runners)
         assert not any(len(other) for other in others)
         return logits
 

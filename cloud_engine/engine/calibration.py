@@ -15,7 +15,7 @@ from cloud_engine.attention.fp8 import scale_for
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.runner import Runner
-from cloud_engine.model.decoder import Decoder
+from cloud_engine.model.decoder import Model
 
 TEXT = """\
 The lighthouse keeper wrote to his sister every Sunday: "The storm took two boats, and 1,384 bricks of the old wall."
@@ -41,7 +41,7 @@ class Extremes:
         return paged.attend(q, k, v, cache, batch)
 
 
-def calibrate(model: Decoder, config: EngineConfig, tokens: Sequence[int]) -> EngineConfig:
+def calibrate(model: Model, config: EngineConfig, tokens: Sequence[int]) -> EngineConfig:
     """`config` with the scales of an FP8 cache, from one run over `tokens` of text (the first `MAX_TOKENS` of them).
     Raises ValueError if the model's keys or values are not finite there."""
     tokens = list(tokens[: min(MAX_TOKENS, config.model_len)])

@@ -6,6 +6,7 @@ from typing import Literal
 DType = Literal["float32", "bfloat16", "float16"]
 KvDType = Literal["auto", "fp8"]
 Quantization = Literal["none", "int8"]
+MAX_RANKS = 64
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -19,6 +20,10 @@ class EngineConfig:
         tokens of everybody else while a long prompt is prefilled.
     max_waiting: requests that may queue before `Overloaded`. Of a full queue every tenant may still have an equal part.
     quantization: "int8" keeps the weights of matrix products as int8 (`model/packing.py`); all else stays in `dtype`.
+    tensor_parallel, pipeline_parallel: ranks that share each matrix, and stages with some of the layers each. Their
+        product is the number of processes; `kv_bytes` is then of each.
+    expert_parallel: the ranks of a stage have some experts whole each, instead of a part of all.
+    rank_timeout: seconds after which a step of several ranks counts as stuck.
     batch_patience: tokens computed for interactive requests before one waiting batch request is admitted ahead of them.
     host_blocks: blocks of evicted prefixes kept in host memory (0: as many as `host_bytes` holds, by default none).
     drafting: guess tokens from those before (see `drafting`) and check them in the same step, where that is faster. In
@@ -58,6 +63,15 @@ class EngineConfig:
     device: str = "cpu"
     async_depth: int | None = None
     cuda_graphs: bool = True
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: bool = False
+    rank_timeout: float = 60.0
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that compute one step together."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def kv_value_bytes(self) -> int:
@@ -81,6 +95,7 @@ class EngineConfig:
             raise ValueError(
                 "block_size, max_num_seqs, max_waiting and batch_patience must be at least 1, num_blocks at least 2"
             )
+        self.check_ranks()
         if not 2 <= self.model_len <= self.kv_tokens:
             raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
         if self.async_depth not in (None, 0, 1):
@@ -99,9 +114,25 @@ class EngineConfig:
             raise ValueError("host_blocks keep prefixes: they need prefix_caching")
         return self
 
+    def check_ranks(self) -> None:
+        """Raises ValueError if there can be no such processes."""
+        if min(self.tensor_parallel, self.pipeline_parallel) < 1 or self.num_ranks > MAX_RANKS:
+            raise ValueError(
+                f"tensor_parallel and pipeline_parallel must be at least 1, their product at most {MAX_RANKS}"
+            )
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise ValueError("expert_parallel divides experts over the ranks of tensor_parallel, which is 1")
+        if self.num_ranks > 1 and self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device {self.device!r} is one; with several ranks it is cpu or cuda, a GPU for each")
+        if not 0 < self.rank_timeout <= 3600:
+            raise ValueError("rank_timeout must be above 0 and at most 3600 seconds")
+
 
 def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> EngineConfig:
-    """Fill in every zero from the model's own context length and the bytes that one token's keys and values take."""
+    """Fill in every zero from the model's own context length and the bytes that one token's keys and values take.
+    Raises ValueError for limits that cannot be kept."""
+    if config.model_len > model_len:
+        raise ValueError(f"model_len {config.model_len} is over the model's context length of {model_len}")
     block_bytes = token_bytes * config.block_size
     num_blocks = config.num_blocks or 1 + config.kv_bytes // block_bytes
     if 0 < config.host_bytes < block_bytes:

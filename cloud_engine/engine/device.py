@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cloud_engine.engine.chunk import Chunk
 from cloud_engine.engine.draw import Draw
-from cloud_engine.engine.runner import Runner
+from cloud_engine.engine.executor import Executor
 from cloud_engine.engine.sampler import Sampled, choose, read
 from cloud_engine.staging import fetch
 
@@ -33,7 +33,7 @@ class Device(Protocol):
 class Direct:
     """Launches from the calling thread. Keeps the last step's tokens for the next one, see `Chunk.previous`."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Executor) -> None:
         self._runner = runner
         self._last: Tensor | None = None
 
@@ -64,7 +64,7 @@ class Worker:
         self._thread.shutdown()
 
 
-def device_for(runner: Runner) -> Device:
+def device_for(runner: Executor) -> Device:
     """What an engine of this configuration launches its steps on."""
     direct = Direct(runner)
     asynchronous = runner.config.async_depth and runner.device.type == "cpu"

@@ -14,7 +14,7 @@ from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.device import Result, device_for
 from cloud_engine.engine.drafting import Drafter
 from cloud_engine.engine.draw import has_penalty
-from cloud_engine.engine.runner import Runner
+from cloud_engine.engine.executor import Executor
 from cloud_engine.engine.sampler import Sampled
 from cloud_engine.engine.scheduler import Scheduler, Work
 from cloud_engine.engine.sequence import Ending, Sequence, Verified
@@ -64,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Executor,
         *,
         stop_ids: frozenset[int] = frozenset(),
         identity: str = "",
@@ -164,9 +164,15 @@ class Engine:
             outputs += self._settle()
         return outputs
 
+    @property
+    def failed(self) -> bool:
+        """True if the next step will fail, which may be known before there is any."""
+        return self.runner.failed
+
     def close(self) -> None:
-        """Wait for what is launched and end the device's thread, if it has one."""
+        """Wait for what is launched; end the device's thread and the other processes, if there are any. Idempotent."""
         self._device.close()
+        self.runner.close()
 
     def _settle(self) -> list[Output]:
         """Results of the oldest launched step, without those of sequences that ended since it was launched."""

@@ -121,6 +121,13 @@ class Runner:
         rows, places = self._tensor([row for row, _ in pending]), self._tensor([place for _, place in pending])
         tokens.index_copy_(0, rows, last.index_select(0, places).clamp_(min=0))
 
+    @property
+    def failed(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """It holds nothing but memory."""
+
     def _rotation(self, kind: LayerKind) -> Rotation:
         cos, sin = rotary_table(kind.rope, self.model.config.head_dim, self.config.model_len)
         return cos.to(self.like), sin.to(self.like)

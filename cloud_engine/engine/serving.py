@@ -78,6 +78,8 @@ class EngineAnswer:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        else:
+            self._engine.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     def stats(self) -> EngineStats:
@@ -90,6 +92,8 @@ class EngineAnswer:
     @property
     def failure(self) -> CausewayError | None:
         """Why the engine answers no more, or None while it does."""
+        if self._end is None and self._engine.failed:
+            return UpstreamFailed("the engine failed")
         return None if self._end is None else self._end()
 
     async def answer(self, request: ChatRequest, *, salt: str = "") -> AsyncGenerator[Delta, None]:

@@ -7,6 +7,7 @@ a model that ranks share, each reads its own part only: safetensors by slices, G
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cloud_engine.engine.config import DType
-from cloud_engine.model.decoder import Adapt, Decoder
+from cloud_engine.model.config import ModelConfig
+from cloud_engine.model.decoder import Adapt, Decoder, Family
 from cloud_engine.model.division import Share, divide
 from cloud_engine.model.gguf_model import GgufModel
 from cloud_engine.model.layers import Empty
@@ -35,20 +37,24 @@ class Stored(Protocol):
         """What lies from `start` to `stop` along `dim` (0 or 1)."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    family: Family
+    config: ModelConfig
+    tensors: Iterable[tuple[str, Stored]]
+    adapt: Adapt
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The whole model's. Raises as `load_model` does for what can be seen without reading tensors."""
+    return _open(path).config
+
+
 def load_model(path: Path, *, dtype: DType = "float32", device: str = "cpu", share: Share | None = None) -> Decoder:
     """The model, or one rank's `share` of it. Raises ModelInvalid for a damaged or incomplete checkpoint,
     UnsupportedModel for one of another kind or that cannot be divided so."""
-    stream: Iterable[tuple[str, Stored]]
-    if path.is_file():
-        file = GgufModel(path)
-        family = find(GGUF, file.architecture)
-        config = configure(family, file.fields, "GGUF metadata")
-        stream, adapt = file.tensors(family.gguf_names), family.from_gguf
-    else:
-        raw = read_json(path / "config.json")
-        family = find(HUGGING_FACE, (raw.get("architectures") or ["none"])[0])
-        config = configure(family, raw, "config.json")
-        stream, adapt = _safetensors(path, tied=config.tied), family.from_safetensors
+    checkpoint = _open(path)
+    family, config = checkpoint.family, checkpoint.config
     like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
     if share is None:
         model = whole = family.build(config, Empty(like.new_empty))
@@ -56,8 +62,20 @@ def load_model(path: Path, *, dtype: DType = "float32", device: str = "cpu", sha
         part = divide(config, share.division, share.rank)
         model = family.build(part, Empty(like.new_empty, share.peers))
         whole = family.build(config, Empty(like.to("meta").new_empty))
-    _fill(model, whole, stream, adapt)
+    _fill(model, whole, checkpoint.tensors, checkpoint.adapt)
     return model
+
+
+def _open(path: Path) -> _Checkpoint:
+    if path.is_file():
+        file = GgufModel(path)
+        family = find(GGUF, file.architecture)
+        config = configure(family, file.fields, "GGUF metadata")
+        return _Checkpoint(family, config, file.tensors(family.gguf_names), family.from_gguf)
+    raw = read_json(path / "config.json")
+    family = find(HUGGING_FACE, (raw.get("architectures") or ["none"])[0])
+    config = configure(family, raw, "config.json")
+    return _Checkpoint(family, config, _safetensors(path, tied=config.tied), family.from_safetensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -33,6 +33,10 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "cuda_graphs": False,
         "dtype": "bfloat16",
         "device": "cuda",
+        "tensor_parallel": 4,
+        "pipeline_parallel": 2,
+        "expert_parallel": True,
+        "rank_timeout": 7,
     }
     env = {"CAUSEWAY_HOSTS": "Cloud.lan, other", "CAUSEWAY_ORIGINS": "https://a.example", "CAUSEWAY_CONCURRENT": "9"}
     settings = load(CloudSettings, None, env, flags)
@@ -50,6 +54,10 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         cuda_graphs=False,
         dtype="bfloat16",
         device="cuda",
+        tensor_parallel=4,
+        pipeline_parallel=2,
+        expert_parallel=True,
+        rank_timeout=7.0,
     )
     assert settings.guard().hosts == {"cloud.lan", "other"}
     assert settings.guard().origins == {"https://a.example"}
@@ -64,6 +72,9 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         ({"dtype": "int4"}, "dtype"),
         ({"kv_blocks": -1}, "kv_blocks"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"tensor_parallel": 0}, "tensor_parallel"),
+        ({"pipeline_parallel": 65}, "pipeline_parallel"),
+        ({"rank_timeout": float("inf")}, "rank_timeout"),
         ({"drain_s": float("nan")}, "drain_s"),
         ({"log_level": "loud"}, "log_level"),
         ({"tls_cert": Path("c.pem")}, "tls"),

@@ -67,9 +67,9 @@ class Groups:
     pipe: Pipe | None
 
     def abort(self) -> None:
-        """Make operations that wait on the device fail (NCCL; gloo's fail by themselves when a member is gone)."""
+        """Make operations fail that wait on a GPU; gloo's fail by themselves when a member is gone."""
         for member in (self.peers, self.pipe):
-            if member is not None and hasattr(member.group, "abort"):
+            if member is not None:
                 member.group.abort()
 
 
