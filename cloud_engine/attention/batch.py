@@ -62,6 +62,8 @@ class Packed:
     longest_chunk: int
     longest_context: int
     window: int
+    sequences: Sequence[tuple[int, int, Sequence[int]]] = ()
+    """What it was packed from, for a kernel that plans on the host; none where a launch must not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ def pack(
     integers = stage(starts + contexts, torch.int32, device)
     on_starts, on_contexts = integers.split_with_sizes([len(starts), len(contexts)])
     on_tables = stage(tables, torch.int32, device)
-    return Packed(on_starts, on_contexts, on_tables, starts[-1], max(counts), max(contexts), window)
+    return Packed(on_starts, on_contexts, on_tables, starts[-1], max(counts), max(contexts), window, sequences)
 
 
 def _compact(blocks: Sequence[int], device: torch.device) -> slice | Tensor:

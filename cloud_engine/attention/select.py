@@ -1,5 +1,6 @@
 """Which attention an engine uses: the fastest that works here, found by trying it."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ PAGED = Kernel("paged", paged.attend)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """How far a right result may be from the reference's, absolute and relative, on values of unit variance."""
+
+
+CHUNK, HISTORY, RUNS = 512, 1536, 5
+"""Tokens of a prompt by which kernels are compared, those before them, and how often."""
 
 
 LONG = (256, 512, 1024, 2048)
@@ -45,17 +50,68 @@ Load = Callable[[Shape], Kernel]
 
 def select(shape: Shape, load: Load | None = None) -> Kernel:
     """The kernel of `load` (on CUDA the Triton one, on a CPU the C++ one) if it can be had and passes `check`, else
-    `paged`; the log names the kernel, and the reason of a fallback. A kernel that breaks the CUDA context itself cannot
-    be fallen back from: torch then raises at its next call."""
+    `paged`; the log names the kernel, and the reason of a fallback. On CUDA, FlashInfer takes the prompts if it can be
+    had too and wins there. A kernel that breaks the CUDA context itself cannot be fallen back from: torch then raises
+    at its next call."""
     log = structlog.get_logger("causeway.engine")
+    cuda = shape.device.type == "cuda"
     try:
-        kernel = (load or (triton if shape.device.type == "cuda" else native))(shape)
+        kernel = (load or (triton if cuda else native))(shape)
         check(kernel, shape)
     except Exception as error:  # compilers and drivers raise what they like, and none of it must stop the engine
         log.warning("attention", kernel=PAGED.name, fallback=f"{type(error).__name__}: {error}")
         return PAGED
+    if cuda and load is None:
+        kernel = challenged(kernel, shape, flashinfer)
     log.info("attention", kernel=kernel.name)
     return kernel
+
+
+def challenged(
+    kernel: Kernel,
+    shape: Shape,
+    load: Callable[[Kernel, Shape], Kernel],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Kernel:
+    """The kernel that `load` makes of this one, if it can be had, passes `check` and computes a chunk of a prompt in
+    less time; else the kernel itself, and the log says why."""
+    log = structlog.get_logger("causeway.engine")
+    try:
+        rival = load(kernel, shape)
+        check(rival, shape)
+        seconds, ours = (prompt_seconds(one, shape, clock) for one in (rival, kernel))
+    except Exception as error:  # as above
+        log.info("attention", without=f"{type(error).__name__}: {error}")
+        return kernel
+    log.info("attention", prompt_ms={rival.name: round(seconds * 1e3, 3), kernel.name: round(ours * 1e3, 3)})
+    return rival if seconds < ours else kernel
+
+
+def prompt_seconds(kernel: Kernel, shape: Shape, clock: Callable[[], float]) -> float:
+    """How long a chunk of a prompt takes after some history, the best of a few, as layers see it that share a plan."""
+    size = shape.block_size
+    blocks = -(-(HISTORY + CHUNK) // size)
+    sequence = (CHUNK, HISTORY + CHUNK, list(range(1, blocks + 1)))
+
+    def zeros(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return torch.zeros(*sizes, shape.head_dim, dtype=dtype, device=shape.device)
+
+    q, k, v = (zeros(CHUNK, heads) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    cache = zeros(2, blocks + 1, size, shape.kv_heads, dtype=shape.cache or shape.dtype)
+    batch = _batch([sequence], size, shape.device)
+    times = []
+    for _ in range(RUNS):
+        _wait(shape.device)
+        start = clock()
+        kernel.attend(q, k, v, cache, batch)
+        _wait(shape.device)
+        times.append(clock() - start)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def native(shape: Shape) -> Kernel:
@@ -71,6 +127,13 @@ def triton(shape: Shape) -> Kernel:
 
     programs = 2 * torch.cuda.get_device_properties(shape.device).multi_processor_count
     return Kernel("triton", TritonAttention(programs), packed=True)
+
+
+def flashinfer(kernel: Kernel, shape: Shape) -> Kernel:
+    """This kernel with FlashInfer for prompts. Raises ImportError where FlashInfer is not installed."""
+    from cloud_engine.attention.flashinfer import load
+
+    return Kernel(f"flashinfer, {kernel.name} for decodes", load(kernel.attend, shape.device), packed=True)
 
 
 def check(kernel: Kernel, shape: Shape) -> None:
