@@ -1,7 +1,7 @@
 """Weights in the orders of memory, and of numbers, that a processor multiplies fastest. `pack` chooses.
 
-- float32 on a CPU: oneDNN's own blocks (`Reordered`), 1.2 to 2 times faster than a plain weight for few rows.
-- bfloat16 on a CPU with AVX512-BF16: panels for `native/matmul.cpp` (`Panels`).
+- float32 on a CPU with AVX512, bfloat16 on one with AVX512-BF16: panels for `native/matmul.cpp` (`Panels`).
+- float32 on another CPU: oneDNN's own blocks (`Reordered`), 1.2 to 2 times faster than a plain weight for few rows.
 - int8: values of -127 to 127 with a scale for each group of 64 inputs of an output. On a CPU with AVX512-VNNI the rows
   of x are rounded in the same way, group by group (`Int8Panels`); elsewhere, a GPU included, only the weight is
   rounded, and turned back for each product (`Int8`).
@@ -9,6 +9,7 @@
 
 import ctypes
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cloud_engine.engine.config import Quantization
-from cloud_engine.native.library import BFLOAT16, INT8, features, library, threads
+from cloud_engine.native.library import BFLOAT16, FLOAT32, INT8, features, library, threads
 
 PANEL = 32
 """Outputs of a panel."""
@@ -24,6 +25,18 @@ GROUP = 64
 """Inputs with a scale in common; the greatest divisor of both where the inputs are no multiple."""
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What `Panels` need to know of a dtype."""
+
+    name: str
+    neighbours: int
+    feature: int
+
+
+_KINDS = {torch.float32: Kind("float32", 1, FLOAT32), torch.bfloat16: Kind("bfloat16", 2, BFLOAT16)}
 
 
 class Packed(Protocol):
@@ -39,10 +52,11 @@ def pack(weight: Tensor, bias: Tensor | None, quantization: Quantization = "none
         return (Int8Panels if _fits_int8(weight) else Int8)(values, scales, bias)
     if weight.device.type != "cpu":
         return None
+    kind = _KINDS.get(weight.dtype)
+    if kind is not None and weight.shape[1] % kind.neighbours == 0 and features() & kind.feature:
+        return Panels(weight, bias, kind)
     if weight.dtype == torch.float32 and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return Reordered(weight, bias)
-    if weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and features() & BFLOAT16:
-        return Panels(weight, bias)
     return None
 
 
@@ -67,12 +81,12 @@ class Reordered:
 
 
 class Panels:
-    """Sums are float32, of pairs of products."""
+    """Sums are float32; in bfloat16, of pairs of products."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind) -> None:
         self.outputs, self.inputs = weight.shape
-        self.weight, self.bias = _panels(weight, 2), _floats(bias)
-        self._run = library().matmul_bfloat16
+        self.weight, self.bias = _panels(weight, kind.neighbours), _floats(bias)
+        self._run = library()[f"matmul_{kind.name}"]
         self._run.argtypes = [_POINTER, _LONG, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT]
         self._run.restype = None
 

@@ -22,7 +22,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-
 COMPILE_S = 300.0
 """The longest that the compiler may take: two seconds on an idle machine."""
 
-BFLOAT16, INT8 = 1, 2
+BFLOAT16, INT8, FLOAT32 = 1, 2, 4
 """Bits of `features`: which matrix kernels the processor has instructions for."""
 
 

@@ -1,19 +1,19 @@
 // Matrix times packed weight, for the few rows of a decode step and the many of a prompt alike.
 //
-// A weight [outputs, inputs] lies in panels of 32 outputs. In bfloat16 two inputs, in int8 four, of one output are
-// neighbours, as the processor's dot instructions take them: [panel][inputs / 2][32][2] or [panel][inputs / 4][32][4].
+// A weight [outputs, inputs] lies in panels of 32 outputs: [panel][inputs][32]. In bfloat16 two inputs, in int8 four, of
+// one output are neighbours, as the processor's dot instructions take them: [panel][inputs / 4][32][4].
 // A tile of rows is multiplied with a panel in registers; threads share the panels. Sums are float32.
 //
 // int8: each 64 inputs of an output have a scale, and so have each 64 values of a row of x, which is rounded to int8
 // too. The instruction wants one factor unsigned: rows are stored plus 128, and `offsets`, -128 times the sum of a
 // group's weights, take that out again.
 #include <algorithm>
-#include <cmath>
-#include <vector>
+#include <type_traits>
+#include <utility>
 
 #include "vector.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
 using namespace causeway;
@@ -22,6 +22,7 @@ namespace {
 
 constexpr int PANEL = 2 * LANES;
 constexpr int GROUP = 64;
+constexpr int AHEAD = 4096;  // bytes of a panel that are fetched before they are needed, where memory is what takes time
 
 // Half a panel's sums of one row into the output; `some` of the lanes exist.
 template <class T>
@@ -37,30 +38,52 @@ void finish(T* out, const float* bias, Floats total, int some) {
     if (some > 0) std::copy_n(last, some, out);
 }
 
+// What one step along the inputs takes: a number of x, or a pair, with 32 weights, or pairs of weights.
+struct Singles {
+    typedef float Value;
+    static constexpr int WIDTH = 1;
+    static __m512 all(const float* x) { return _mm512_set1_ps(*x); }
+    static __m512 add(__m512 sum, const char* weights, __m512 x) {
+        return _mm512_fmadd_ps(_mm512_loadu_ps(weights), x, sum);
+    }
+};
+
+#ifdef __AVX512BF16__
+struct Pairs {
+    typedef BFloat16 Value;
+    static constexpr int WIDTH = 2;
+    static __m512 all(const BFloat16* x) {
+        int32_t pair;
+        std::memcpy(&pair, x, sizeof pair);
+        return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+    }
+    static __m512 add(__m512 sum, const char* weights, __m512 x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_ps(weights), (__m512bh)x);
+    }
+};
+#endif
+
 // R rows of x with one panel; U sums for each output hide the instruction's latency where rows are few.
-template <int R, int U, class T>
-void tile(const BFloat16* x, int64_t x_stride, int inputs, const BFloat16* panel, const float* bias, T* out,
-          int64_t out_stride, int outputs) {
+template <int R, int U, class Step, class T = typename Step::Value>
+void tile(const T* x, int64_t x_stride, int inputs, const T* panel, const float* bias, T* out, int64_t out_stride,
+          int outputs) {
     __m512 total[U][R][2];
     for (int u = 0; u < U; u++)
         for (int r = 0; r < R; r++) total[u][r][0] = total[u][r][1] = _mm512_setzero_ps();
-    const int pairs = inputs / 2;
+    const int steps = inputs / Step::WIDTH;
     auto step = [&](int i, int u) {
-        const char* at = (const char*)panel + int64_t(i) * PANEL * 4;
-        if (R <= 4) _mm_prefetch(at + 4096, _MM_HINT_T0), _mm_prefetch(at + 4160, _MM_HINT_T0);
-        const __m512bh w0 = (__m512bh)_mm512_loadu_si512(at), w1 = (__m512bh)_mm512_loadu_si512(at + 64);
+        const char* at = (const char*)panel + int64_t(i) * 128;
+        if (R <= 4) _mm_prefetch(at + AHEAD, _MM_HINT_T0), _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
         for (int r = 0; r < R; r++) {
-            int32_t pair;
-            std::memcpy(&pair, x + r * x_stride + 2 * i, 4);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            total[u][r][0] = _mm512_dpbf16_ps(total[u][r][0], w0, both);
-            total[u][r][1] = _mm512_dpbf16_ps(total[u][r][1], w1, both);
+            const __m512 all = Step::all(x + r * x_stride + Step::WIDTH * i);
+            total[u][r][0] = Step::add(total[u][r][0], at, all);
+            total[u][r][1] = Step::add(total[u][r][1], at + 64, all);
         }
     };
     int i = 0;
-    for (; i + U <= pairs; i += U)
+    for (; i + U <= steps; i += U)
         for (int u = 0; u < U; u++) step(i + u, u);
-    for (; i < pairs; i++) step(i, 0);
+    for (; i < steps; i++) step(i, 0);
     for (int r = 0; r < R; r++)
         for (int half = 0; half < 2; half++) {
             __m512 sum = total[0][r][half];
@@ -70,11 +93,8 @@ void tile(const BFloat16* x, int64_t x_stride, int inputs, const BFloat16* panel
         }
 }
 
-struct Rounded {
-    std::vector<uint8_t> values;  // [rows][inputs], plus 128
-    std::vector<float> scales;    // [rows][groups]
-};
-
+#ifdef __AVX512VNNI__
+// A row as values [inputs], plus 128, and scales [groups].
 template <class T>
 void round_row(const T* x, int inputs, uint8_t* values, float* scales) {
     for (int g = 0; g < inputs / GROUP; g++, x += GROUP, values += GROUP) {
@@ -106,7 +126,7 @@ void tile(const uint8_t* x, const float* x_scales, int inputs, const int8_t* pan
         for (int r = 0; r < R; r++) dot[r][0] = start0, dot[r][1] = start1;
         for (int i = 0; i < GROUP / 4; i++) {
             const int8_t* at = panel + (int64_t(g) * GROUP / 4 + i) * PANEL * 4;
-            if (R <= 3) _mm_prefetch((const char*)at + 4096, _MM_HINT_T0), _mm_prefetch((const char*)at + 4160, _MM_HINT_T0);
+            if (R <= 3) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0), _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T0);
             const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
             for (int r = 0; r < R; r++) {
                 int32_t four;
@@ -129,6 +149,8 @@ void tile(const uint8_t* x, const float* x_scales, int inputs, const int8_t* pan
                    outputs - half * LANES);
 }
 
+#endif
+
 // Call `work(first row, std::integral_constant<rows>)` for tiles of at most MOST rows, as equal as can be.
 template <int MOST, class Work, int R = MOST>
 void with_rows(int rows, Work&& work) {
@@ -148,21 +170,22 @@ void tiles(int rows, Work&& work) {
     }
 }
 
-template <class T>
-void multiply(const BFloat16* x, int64_t x_stride, int rows, int inputs, const BFloat16* weight, const float* bias,
-              T* out, int outputs, int threads) {
+template <class Step, class T = typename Step::Value>
+void multiply(const T* x, int64_t x_stride, int rows, int inputs, const T* weight, const float* bias, T* out,
+              int outputs, int threads) {
     const int panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int p = 0; p < panels; p++)
         tiles<12>(rows, [&](int first, auto size) {
             constexpr int R = decltype(size)::value;
-            tile<R, (R == 1 ? 4 : R <= 3 ? 2 : 1)>(x + first * x_stride, x_stride, inputs,
-                                                   weight + int64_t(p) * PANEL * inputs, bias ? bias + p * PANEL : nullptr,
-                                                   out + int64_t(first) * outputs + p * PANEL, outputs,
-                                                   outputs - p * PANEL);
+            tile<R, (R == 1 ? 4 : R <= 3 ? 2 : 1), Step>(
+                x + first * x_stride, x_stride, inputs, weight + int64_t(p) * PANEL * inputs,
+                bias ? bias + p * PANEL : nullptr, out + int64_t(first) * outputs + p * PANEL, outputs,
+                outputs - p * PANEL);
         });
 }
 
+#ifdef __AVX512VNNI__
 template <class T>
 void multiply(const T* x, int64_t x_stride, int rows, int inputs, const int8_t* weight, const float* scales,
               const int32_t* offsets, const float* bias, T* out, int outputs, uint8_t* values, float* x_scales,
@@ -185,13 +208,23 @@ void multiply(const T* x, int64_t x_stride, int rows, int inputs, const int8_t* 
     }
 }
 
+#endif
+
 }  // namespace
 
-extern "C" void matmul_bfloat16(const void* x, int64_t x_stride, int rows, int inputs, const void* weight,
-                                const float* bias, void* out, int outputs, int threads) {
-    multiply((const BFloat16*)x, x_stride, rows, inputs, (const BFloat16*)weight, bias, (BFloat16*)out, outputs, threads);
-}
+#define MATMUL(NAME, STEP)                                                                                          \
+    extern "C" void NAME(const void* x, int64_t x_stride, int rows, int inputs, const void* weight,                 \
+                         const float* bias, void* out, int outputs, int threads) {                                  \
+        typedef STEP::Value T;                                                                                      \
+        multiply<STEP>((const T*)x, x_stride, rows, inputs, (const T*)weight, bias, (T*)out, outputs, threads);     \
+    }
 
+MATMUL(matmul_float32, Singles)
+#ifdef __AVX512BF16__
+MATMUL(matmul_bfloat16, Pairs)
+#endif
+
+#ifdef __AVX512VNNI__
 #define MATMUL_INT8(NAME, T)                                                                                        \
     extern "C" void NAME(const void* x, int64_t x_stride, int rows, int inputs, const int8_t* weight,               \
                          const float* scales, const int32_t* offsets, const float* bias, void* out, int outputs,    \
@@ -202,5 +235,6 @@ extern "C" void matmul_bfloat16(const void* x, int64_t x_stride, int rows, int i
 
 MATMUL_INT8(matmul_int8_float32, float)
 MATMUL_INT8(matmul_int8_bfloat16, BFloat16)
+#endif
 
 #endif

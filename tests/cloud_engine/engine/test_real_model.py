@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from cloud_engine.engine.calibration import TEXT, calibrate
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
-from cloud_engine.engine.runner import Runner
+from cloud_engine.engine.runner import Runner, attention_for
 from cloud_engine.model.decoder import Decoder
 from cloud_engine.model.tokenizer import Tokenizer
 from cloud_engine.model.weights import load_model
@@ -74,7 +74,9 @@ def wanted(model_path: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 def engine(model: Decoder, **changes: object) -> Engine:
     values = {"model_len": 256, "num_blocks": 1000, "max_num_seqs": 64, "max_num_batched_tokens": 256}
-    return Engine(Runner(model, EngineConfig(**(values | changes))))
+    config = EngineConfig(**(values | changes))
+    kernel = attention_for(model.config, config)  # the one that serves
+    return Engine(Runner(model, config, kernel.attend, packed=kernel.packed))
 
 
 def generate(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:

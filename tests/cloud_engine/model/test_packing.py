@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from cloud_engine.model import packing
-from cloud_engine.model.packing import Int8, Int8Panels, Panels, pack, quantize
-from cloud_engine.native.library import BFLOAT16, INT8, features
+from cloud_engine.model.packing import Int8, Int8Panels, Panels, Reordered, pack, quantize
+from cloud_engine.native.library import BFLOAT16, FLOAT32, INT8, features
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 25, 64]
 SHAPES = [(32, 64), (33, 64), (15, 128), (100, 576), (64, 192)]
@@ -21,6 +21,29 @@ def problem(rows, shape, dtype, *, bias):
     weight = torch.randn(shape, generator=noise).to(dtype)
     x = torch.randn(rows, shape[1] + 8, generator=noise).to(dtype)[:, :-8]  # rows that lie apart
     return weight, x, torch.randn(shape[0], generator=noise).to(dtype) if bias else None
+
+
+@pytest.mark.skipif(not features() & FLOAT32, reason="no AVX512 here, or no compiler")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 7)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_float32_panels_give_the_product(rows, shape, bias):
+    """As exact as any float32 product, whatever the numbers of rows and outputs."""
+    weight, x, bias = problem(rows, shape, torch.float32, bias=bias)
+    packed = pack(weight, bias)
+    assert isinstance(packed, Panels)
+    torch.testing.assert_close(packed(x), F.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
+
+
+def test_without_the_compiled_kernels_onednn_packs(monkeypatch):
+    """Another processor, or no compiler: the same product."""
+    monkeypatch.setattr(packing, "features", lambda: 0)
+    weight, x = torch.randn(33, 64), torch.randn(5, 64)
+    packed = pack(weight, None)
+    assert isinstance(packed, Reordered)
+    torch.testing.assert_close(packed(x), x @ weight.T, atol=1e-4, rtol=1e-5)
+    assert pack(weight.bfloat16(), None) is None
+    assert isinstance(pack(weight, None, "int8"), Int8)
 
 
 @needs_bfloat16
