@@ -88,8 +88,9 @@ def measure(engine: Engine, work: Sequence[Job], clock: Clock) -> Round:
 
 
 def engine_for(model: Path, n: int, length: int, options: Mapping[str, Any]) -> Engine:
-    """An engine with room for this load, so that the pool's size is no part of the measurement."""
-    asked = EngineConfig(model_len=length, max_num_seqs=n, max_waiting=n, prefix_caching=False)
+    """An engine with room for this load, so that the pool's size is no part of the measurement. Without drafts unless
+    `options` ask for them: what a model says to random tokens turns in circles, which makes them easy."""
+    asked = EngineConfig(model_len=length, max_num_seqs=n, max_waiting=n, prefix_caching=False, drafting=False)
     asked = replace(asked, **options)
     if not asked.num_blocks:
         # One block more for each than it fills: what the scheduler keeps free for the running ones to grow into.
