@@ -108,8 +108,8 @@ class CloudSettings(Settings):
     """On CUDA, replay decode steps as recorded; costs seconds at the start."""
     deterministic: bool = False
     """The same request gives the same logits, by a bit, whatever is computed beside it; several times slower."""
-    drafting: bool = True
-    """Guess tokens from those before and check them in the same step, where that is faster."""
+    drafting: bool | None = None
+    """Guess tokens from those before and check them in the same step, where that is faster; unset: on a CPU."""
     free_rows: Annotated[int, Field(ge=0, le=1 << 16)] = 0
     """Rows of a step that cost as much as reading the weights once; how far drafts go depends on it."""
     draft_patience: Seconds = 60.0

@@ -27,7 +27,8 @@ class EngineConfig:
     batch_patience: tokens computed for interactive requests before one waiting batch request is admitted ahead of them.
     host_blocks: blocks of evicted prefixes kept in host memory (0: as many as `host_bytes` holds, by default none).
     drafting: guess tokens from those before (see `drafting`) and check them in the same step, where that is faster. In
-        float32 no token changes by it; in half precision only the distribution is the same.
+        float32 no token changes by it; in half precision only the distribution is the same. Unset: on a CPU. On a GPU a
+        step with drafts is neither replayed from a graph nor launched ahead.
     deterministic: a request's logits do not depend on what is computed beside it, by a bit: not on the batch, chunks,
         cached prefixes, preemption or drafts. Several times slower; needs `async_depth` 0.
     draft_patience: seconds that a request with a drafter outside stands still between two drafts before it is ended.
@@ -53,7 +54,7 @@ class EngineConfig:
     batch_patience: int = 8192
     prefix_caching: bool = True
     deterministic: bool = False
-    drafting: bool = True
+    drafting: bool | None = None
     free_rows: int = 0
     draft_patience: float = 60.0
     dtype: DType = "float32"
@@ -148,5 +149,6 @@ def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> Engine
         model_len=config.model_len or min(model_len, held),
         max_num_batched_tokens=config.max_num_batched_tokens or budget,
         async_depth=depth if config.async_depth is None else config.async_depth,
+        drafting=on_cpu if config.drafting is None else config.drafting,
         free_rows=config.free_rows or (16 if on_cpu else 256),
     ).checked()

@@ -7,6 +7,7 @@ import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud_engine.engine.config import EngineConfig, resolve
 from cloud_engine.engine.drafting import Drafter
 from cloud_engine.engine.lookup import FIRST_RATE, LONGEST, MATCHES, Lookup
 from cloud_engine.engine.scheduler import Work
@@ -107,6 +108,15 @@ def test_a_prompt_being_prefilled_does_not_draft():
     again.num_computed = 8
     Drafter(free_rows=16).propose([fresh, again])
     assert fresh.draft == again.draft == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "drafts"), [("cpu", None, True), ("cuda", None, False), ("cuda", True, True)]
+)
+def test_a_cpu_drafts_and_a_gpu_does_when_asked(device, asked, drafts):
+    """Unset means: where it is known to win."""
+    config = resolve(EngineConfig(device=device, drafting=asked), model_len=64, token_bytes=64)
+    assert (config.drafting, config.free_rows > 0) == (drafts, True)
 
 
 @pytest.fixture(scope="module")

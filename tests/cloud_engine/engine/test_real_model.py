@@ -105,7 +105,7 @@ def test_batched_chunked_and_shared(model, prompts, wanted):
 
 def test_drafted(model, prompts, wanted):
     """With drafts of the engine's own, right and wrong ones."""
-    drafting = engine(model, free_rows=64)
+    drafting = engine(model, drafting=True, free_rows=64)
     assert generate(drafting, prompts) == wanted
     stats = drafting.stats()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens

@@ -41,6 +41,7 @@ def engine(folder: Path, **changes) -> Engine:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
         "free_rows": 16,
+        "drafting": True,
         "deterministic": True,
     }
     return Engine(Runner(load_model(folder), EngineConfig(**(values | changes))))
