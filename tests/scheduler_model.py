@@ -97,8 +97,8 @@ def check(scheduler: Scheduler) -> None:
     assert len(scheduler.running) <= config.max_num_seqs
     assert scheduler.running == sorted(scheduler.running, key=rank)
     assert len(scheduler.waiting) == len(waiting) == len(set(waiting))
-    assert len(scheduler.running) + len(waiting) == len(scheduler.live)
-    assert set(scheduler.running) | set(waiting) == set(scheduler.live.values())
+    assert len(scheduler.running) + len(waiting) + len(scheduler.held) == len(scheduler.live)
+    assert {*scheduler.running, *waiting, *scheduler.held} == set(scheduler.live.values())
     assert scheduler.waiting.num_batch == sum(seq.priority == "batch" for seq in waiting)
     for tenant, count in Counter(seq.tenant for seq in waiting).items():
         assert scheduler.waiting.of(tenant) == count
@@ -108,6 +108,7 @@ def check(scheduler: Scheduler) -> None:
         assert len(seq.block_table) == len(set(seq.block_table))
         assert len(seq.block_table) * config.block_size >= seq.num_computed
         assert (seq.state is State.RUNNING) == (seq in scheduler.running)
+        assert (seq.state is State.HELD) == (seq in scheduler.held)
 
 
 class Device:
@@ -223,6 +224,7 @@ class Traffic:
             priority="batch" if rng.random() < 0.3 else "interactive",
             deadline=self.now + rng.uniform(-1, 200) if rng.random() < 0.2 else math.inf,
         )
+        new.drafted = new.waits = self.drafts > 0 and rng.random() < 0.3
         try:
             self.scheduler.add(new, self.now)
         except CausewayError as error:
@@ -246,6 +248,7 @@ class Traffic:
         self.expire()
         if any(item.waits for work, _ in self.launched for item in work):
             self.settle(*self.launched.pop(0))
+        self.resume()
         before = {seq: (seq.num_due, rank(seq)) for seq in self.scheduler.running}
         fresh = {seq for seq in self.scheduler.waiting if seq.state is State.WAITING}
         for seq in before if self.drafts else ():
@@ -260,6 +263,16 @@ class Traffic:
             self.launched.append((work, self.device.run(work)))
         if self.launched and (not self.late or not work or len(self.launched) > 1):
             self.settle(*self.launched.pop(0))
+
+    def resume(self) -> None:
+        """Drafts come from outside for some of those that stand still."""
+        for seq in list(self.scheduler.held):
+            if self.rng.random() < 0.4:
+                self.seen["blocks of one held taken"] += not seq.block_table
+                draft = tuple(self.rng.randrange(EOS + 1) for _ in range(self.rng.randrange(6)))
+                self.scheduler.resume(seq, draft, ())
+                self.seen["held and resumed"] += seq.state is State.RUNNING
+                check(self.scheduler)
 
     def expire(self) -> None:
         self.now += 1.0
@@ -282,7 +295,8 @@ class Traffic:
         assert not gone or not stayed or max(stayed) < min(gone), "the victim is not the worst"
         decodes = {seq for seq, (due, _) in before.items() if due == 1 and seq.state is State.RUNNING}
         assert decodes <= parts, "a decode was left out"
-        assert work or self.launched or not self.scheduler.live, "nothing is done though there is work"
+        busy = self.scheduler.running or self.scheduler.waiting
+        assert work or self.launched or not busy, "nothing is done though there is work"
         self.seen["preempted"] += len(gone)
         self.seen["chunk"] += any(not item.samples for item in work)
         self.seen["draft"] += any(item.draft for item in work)

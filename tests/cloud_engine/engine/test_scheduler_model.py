@@ -47,10 +47,12 @@ def test_such_traffic_meets_every_case():
             seen.update(traffic.seen)
     assert {name for name, count in seen.items() if count} == {
         "aborted finished",
+        "aborted held",
         "aborted in flight",
         "aborted preempted",
         "aborted running",
         "aborted waiting",
+        "blocks of one held taken",
         "chunk",
         "context_length_exceeded",
         "deadline_exceeded",
@@ -58,6 +60,7 @@ def test_such_traffic_meets_every_case():
         "draft",
         "expired",
         "filled in flight",
+        "held and resumed",
         "hit",
         "loaded from the host",
         "overloaded",
@@ -85,7 +88,7 @@ RULES = {
     "the budget is not kept": ("scheduler", "Scheduler.schedule", "budget -= work[-1].rows", "budget -= 1"),
     "one sequence too many": (
         "scheduler",
-        "Scheduler._admit",
+        "Scheduler._has_place",
         ">= self.config.max_num_seqs",
         "> self.config.max_num_seqs",
     ),
@@ -97,7 +100,9 @@ RULES = {
         "not sequence.finish(ending)",
         "sequence.finish(ending) and False",
     ),
-    "its blocks stay": ("scheduler", "Scheduler._preempt", "self.pool.release(victim.block_table)", "pass"),
+    "its blocks stay": ("scheduler", "Scheduler._forget", "self.pool.release(sequence.block_table)", "pass"),
+    "what stands still is lost": ("scheduler", "Scheduler.resume", "self.waiting.put_back(sequence)", "pass"),
+    "what stands still keeps its place": ("scheduler", "Scheduler._hold", "self.running.remove(sequence)", "pass"),
     "deadlines are not seen": ("scheduler", "Scheduler.tick", "at > now", "True"),
     "a chunk starts a token late": ("scheduler", "Work.chunk", "self.start :", "self.start + 1 :"),
     "output is lost": (
