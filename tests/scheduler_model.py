@@ -101,7 +101,7 @@ def check(scheduler: Scheduler) -> None:
     assert {*scheduler.running, *waiting, *scheduler.held} == set(scheduler.live.values())
     assert scheduler.waiting.num_batch == sum(seq.priority == "batch" for seq in waiting)
     for tenant, count in Counter(seq.tenant for seq in waiting).items():
-        assert scheduler.waiting.of(tenant) == count
+        assert scheduler.waiting.places.of(tenant) == count
     for seq in scheduler.live.values():
         assert seq.num_computed <= seq.num_tokens + seq.num_pending <= config.model_len
         assert seq.num_published * config.block_size <= min(seq.num_computed, seq.num_tokens), "published, not settled"

@@ -5,10 +5,10 @@ one is next, however many interactive ones there are. So the batch request at pl
 tokens of others, and interactive ones meet at most one batch prompt in each `patience` tokens.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 
 from cloud_engine.engine.fairness import FairQueue
+from cloud_engine.engine.places import Places
 from cloud_engine.engine.sequence import Sequence
 
 OUTPUT_WEIGHT = 2
@@ -24,15 +24,15 @@ def rank(sequence: Sequence) -> tuple[bool, int]:
 class WaitingQueue:
     """The waiting sequences of all priorities and tenants, and what their tenants were served."""
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, limit: int, patience: int) -> None:
         self._patience = patience
         self._lanes = {"interactive": FairQueue(), "batch": FairQueue()}
-        self._tenants: Counter[str] = Counter()
+        self.places = Places(limit)
         self._passed_over = 0
         """Tokens computed for interactive sequences since batch work waits or was last admitted."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._lanes.values()))
+        return len(self.places)
 
     def __iter__(self) -> Iterator[Sequence]:
         for lane in self._lanes.values():
@@ -42,27 +42,19 @@ class WaitingQueue:
     def num_batch(self) -> int:
         return len(self._lanes["batch"])
 
-    def of(self, tenant: str) -> int:
-        """How many requests of a tenant wait."""
-        return self._tenants[tenant]
-
-    def share(self, tenant: str, limit: int) -> int:
-        """What part of `limit` places this tenant may take, were it to wait too."""
-        return limit // (len(self._tenants) + (tenant not in self._tenants))
-
     def backlog(self, sequence: Sequence) -> int:
         """Tokens of the prompts that a new sequence waits for in any case."""
         return self._lanes[sequence.priority].backlog(sequence.tenant)
 
     def push(self, sequence: Sequence) -> None:
-        """A new sequence waits."""
-        self._tenants[sequence.tenant] += 1
+        """A new sequence waits, for which `places` has room."""
+        self.places.enter(sequence.tenant)
         self._lanes[sequence.priority].push(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """A preempted sequence waits again. It does so once: for the next time it has aged."""
         sequence.aged = True
-        self._tenants[sequence.tenant] += 1
+        self.places.enter(sequence.tenant)
         self._lanes[sequence.priority].put_back(sequence)
 
     def first(self) -> Sequence | None:
@@ -81,9 +73,7 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         self._lanes[sequence.priority].remove(sequence)
-        self._tenants[sequence.tenant] -= 1
-        if not self._tenants[sequence.tenant]:
-            del self._tenants[sequence.tenant]
+        self.places.leave(sequence.tenant)
 
     def charge(self, sequence: Sequence, tokens: int) -> None:
         """Count `tokens` (of a prompt; one of output is `OUTPUT_WEIGHT`) as served to the sequence's tenant."""

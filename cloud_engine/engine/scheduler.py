@@ -101,7 +101,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config.checked()
         self.pool = BlockPool(config.num_blocks, config.host_blocks)
-        self.waiting = WaitingQueue(config.batch_patience)
+        self.waiting = WaitingQueue(config.max_waiting, config.batch_patience)
         self.running: list[Sequence] = []
         """Sorted by rank."""
         self.held: dict[Sequence, float] = {}
@@ -130,7 +130,7 @@ class Scheduler:
                 f"over the context length of {limit}",
                 param="max_tokens",
             )
-        self._check_room(sequence.tenant)
+        self.waiting.places.check(sequence.tenant)
         if sequence.drafted and len(self.held) >= self.config.max_waiting:
             raise Overloaded(f"{len(self.held)} requests wait for drafts already", retry_after=1.0)
         if sequence.deadline < math.inf and self._latest_start(sequence, self._sure_to_be_ahead(sequence)) <= now:
@@ -282,13 +282,6 @@ class Scheduler:
         self._forget(victim)
         victim.state = State.HELD
         return True
-
-    def _check_room(self, tenant: str) -> None:
-        """A full queue still has an equal part for every tenant. With n of them it grows to about ln(n) times itself:
-        those who filled it are refused until they are down to their part."""
-        limit, held = self.config.max_waiting, self.waiting.of(tenant)
-        if len(self.waiting) >= limit and held >= self.waiting.share(tenant, limit):
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already, {held} of yours", retry_after=1.0)
 
     def _latest_start(self, sequence: Sequence, ahead: int = 0) -> float:
         """When a sequence must be admitted at the latest for its first token to come before the deadline, if `ahead`

@@ -19,6 +19,7 @@ from pathlib import Path
 from cloud_engine.engine.build import build
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine, EngineStats, Output
+from cloud_engine.engine.places import Places
 from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.stream import TextStream
 from cloud_engine.model.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ class EngineAnswer:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str) -> None:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self._encoding = 0
+        self._encoding, self._arrivals = Places(engine.config.max_waiting), Places(engine.config.max_waiting)
         self._ids = itertools.count()
         self._wake = threading.Condition()
         self._arriving: deque[_Live] = deque()
@@ -100,7 +101,7 @@ class EngineAnswer:
         """Deltas of one request. Only requests of the same `salt` (a tenant) share cached prefixes, and tenants take
         turns."""
         deadline = self._engine.clock() + (math.inf if request.deadline_s is None else request.deadline_s)
-        tokens = await self._encode(request)
+        tokens = await self._encode(request, salt)
         text = TextStream(self._tokenizer, request.sampling, len(tokens))
         live = _Live(str(next(self._ids)), request, tokens, salt, deadline, text)
         self._submit(live)
@@ -115,7 +116,7 @@ class EngineAnswer:
         finally:
             self._withdraw(live)
 
-    async def _encode(self, request: ChatRequest) -> list[int]:
+    async def _encode(self, request: ChatRequest, salt: str) -> list[int]:
         """Template and tokenise off the loop, one request at a time, with a limit on how many wait and for how long."""
         limit = self._engine.config.model_len
         size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
@@ -125,9 +126,8 @@ class EngineAnswer:
             )
         if self._end is not None:
             raise self._end()
-        if self._encoding >= self._engine.config.max_waiting:
-            raise Overloaded(f"{self._encoding} prompts are waiting to be tokenised", retry_after=1.0)
-        self._encoding += 1
+        self._encoding.check(salt)
+        self._encoding.enter(salt)
         limit_s = min(ENCODE_TIMEOUT_S, request.deadline_s or math.inf)
         try:
             loop = asyncio.get_running_loop()
@@ -136,7 +136,7 @@ class EngineAnswer:
         except TimeoutError as error:
             raise DeadlineExceeded(f"the prompt was not tokenised in {limit_s:g} s") from error
         finally:
-            self._encoding -= 1
+            self._encoding.leave(salt)
 
     def _tokens(self, request: ChatRequest) -> list[int]:
         if request.prompt is not None:
@@ -147,8 +147,8 @@ class EngineAnswer:
         with self._wake:
             if self._end is not None:
                 raise self._end()
-            if len(self._arriving) >= self._engine.config.max_waiting:
-                raise Overloaded(f"{len(self._arriving)} requests came during one step", retry_after=1.0)
+            self._arrivals.check(live.salt)
+            self._arrivals.enter(live.salt)
             self._arriving.append(live)
             self._wake.notify()
 
@@ -183,6 +183,8 @@ class EngineAnswer:
                 return False
             arriving, self._arriving = self._arriving, deque()
             leaving, self._leaving = self._leaving, deque()
+            for live in arriving:
+                self._arrivals.leave(live.salt)
         for live in arriving:
             self._admit(live)
         for live in leaving:

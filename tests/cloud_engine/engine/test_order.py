@@ -142,7 +142,7 @@ def test_tenants_take_turns() -> None:
     for number in range(40):
         scheduler.add(request(f"small{number}", 2, 4, tenant="small"))
     service: Counter[str] = Counter()
-    while scheduler.waiting.of("small"):
+    while scheduler.waiting.places.of("small"):
         before = {name: sequence.num_output for name, sequence in scheduler.live.items()}
         for name, count in advance(scheduler).items():
             prefill = count if not before[name] else 0

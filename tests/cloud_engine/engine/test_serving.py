@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing, asynccontextmanager
 
@@ -163,6 +164,30 @@ async def test_a_full_queue_refuses_and_keeps_serving(tiny_model):
     assert refused
     assert complete
     assert all(error.retryable and error.retry_after for error in refused)
+
+
+async def test_one_tenant_cannot_fill_the_way_in(tiny_model, monkeypatch):
+    """While the tokenizer is held up one tenant's prompts fill the queue before it: another still gets its part."""
+    release = threading.Event()
+    async with serving_tiny(tiny_model, max_waiting=4) as answer:
+        encode = answer._tokenizer.encode
+        monkeypatch.setattr(answer._tokenizer, "encode", lambda text: (release.wait(WAIT_S), encode(text))[1])
+        short = request(sampling=Sampling(temperature=0, max_tokens=2, ignore_eos=True))
+
+        async def one(tenant: str) -> str:
+            try:
+                async with aclosing(answer.answer(short, salt=tenant)) as deltas:
+                    return [delta async for delta in deltas][-1].finish_reason
+            except Overloaded:
+                return "overloaded"
+
+        flood = [asyncio.create_task(one("flood")) for _ in range(10)]
+        await asyncio.sleep(0)
+        other = [asyncio.create_task(one("other")) for _ in range(3)]
+        await asyncio.sleep(0)
+        release.set()
+        assert Counter(await asyncio.gather(*flood)) == {"length": 4, "overloaded": 6}
+        assert Counter(await asyncio.gather(*other)) == {"length": 2, "overloaded": 1}
 
 
 async def test_an_engine_that_fails_leaves_nobody_waiting(tiny_model, monkeypatch):
