@@ -55,7 +55,7 @@ def serve(
     tensor_parallel: Annotated[int | None, typer.Option(help="processes that share each matrix")] = None,
     pipeline_parallel: Annotated[int | None, typer.Option(help="stages with some of the layers each")] = None,
     expert_parallel: Annotated[bool | None, typer.Option(help="whole experts instead of parts of each")] = None,
-    kv_blocks: Annotated[int | None, typer.Option(help="blocks of the KV cache; 0 sizes it by kv_bytes")] = None,
+    kv_blocks: Annotated[int | None, typer.Option(help="blocks of the KV cache; 0: by kv_bytes or free memory")] = None,
     model_len: Annotated[int | None, typer.Option(help="longest sequence, prompt and output")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="sequences in one batch")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="token budget of one step")] = None,

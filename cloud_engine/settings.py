@@ -91,7 +91,8 @@ class CloudSettings(Settings):
     """A step of several processes that takes longer counts as stuck, and the engine as failed."""
     model_len: Count = 0
     kv_blocks: Count = 0
-    kv_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    kv_bytes: Count = 0
+    """For the KV cache; 0: as much as is of use and fits into the memory that is free."""
     kv_host_bytes: Count = 0
     """Host memory for prefixes that were evicted from the KV cache; 0: they are computed again."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import structlog
+
 from cloud_engine.engine.calibration import TEXT
 from cloud_engine.engine.config import EngineConfig, resolve
 from cloud_engine.engine.engine import Engine
+from cloud_engine.engine.memory import kv_room
 from cloud_engine.engine.parallel.lead import Lead
 from cloud_engine.engine.parallel.part import runner_for
 from cloud_engine.engine.runner import Runner
@@ -20,10 +23,13 @@ def build(path: Path, asked: EngineConfig, *, stop_ids: frozenset[int] = frozens
     """
     text = Tokenizer(path).encode(TEXT) if asked.kv_dtype == "fp8" else []
     runner = Lead(path, asked, text) if asked.num_ranks > 1 else _alone(path, asked, text)
+    config = runner.config
+    structlog.get_logger("causeway.engine").info("kv cache", tokens=config.kv_tokens, host_blocks=config.host_blocks)
     return Engine(runner, stop_ids=stop_ids, identity=str(path))
 
 
 def _alone(path: Path, asked: EngineConfig, text: list[int]) -> Runner:
     model = load_model(path, dtype=asked.dtype, device=asked.device).pack(asked.quantization)
-    token_bytes = model.config.kv_values * asked.kv_value_bytes
-    return runner_for(model, resolve(asked, model_len=model.config.context_length, token_bytes=token_bytes), text)
+    length, token_bytes = model.config.context_length, model.config.kv_values * asked.kv_value_bytes
+    config = resolve(asked, model_len=length, token_bytes=token_bytes, room=kv_room(model, asked))
+    return runner_for(model, config, text)

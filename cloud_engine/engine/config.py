@@ -15,7 +15,8 @@ class EngineConfig:
     """Limits of one engine. Zero means "choose for me" where the docstring says so; `resolve` then picks a number.
 
     model_len: tokens of one sequence, prompt and output together (0: the model's own, or what the blocks hold).
-    num_blocks: blocks in the KV tensors, the null block included (0: as many as `kv_bytes` holds).
+    num_blocks: blocks in the KV tensors, the null block included (0: as many as `kv_bytes` holds; if that is 0 too, as
+        many as are of use and fit into the memory that is free, see `memory`).
     max_num_batched_tokens: the budget of one step (0: 256 on a CPU, 4096 elsewhere). It bounds the gap between two
         tokens of everybody else while a long prompt is prefilled.
     max_waiting: requests that may queue before `Overloaded`. Of a full queue every tenant may still have an equal part.
@@ -45,7 +46,7 @@ class EngineConfig:
     model_len: int = 0
     block_size: int = 16
     num_blocks: int = 0
-    kv_bytes: int = 1 << 30
+    kv_bytes: int = 0
     host_bytes: int = 0
     host_blocks: int = 0
     max_num_seqs: int = 64
@@ -129,26 +130,56 @@ class EngineConfig:
             raise ValueError("rank_timeout must be above 0 and at most 3600 seconds")
 
 
-def resolve(config: EngineConfig, *, model_len: int, token_bytes: int) -> EngineConfig:
-    """Fill in every zero from the model's own context length and the bytes that one token's keys and values take.
-    Raises ValueError for limits that cannot be kept."""
+class TooLittleMemory(ValueError):
+    """There is not memory enough for what was asked, or for anything of use."""
+
+
+LEAST_LEN = 256
+"""Without a `model_len` sequences may be as long as the memory allows, but an engine for shorter ones is of no use."""
+
+
+def step_budget(config: EngineConfig) -> int:
+    """Tokens in a step."""
+    return config.max_num_batched_tokens or max(256 if config.device == "cpu" else 4096, config.max_num_seqs)
+
+
+def resolve(config: EngineConfig, *, model_len: int, token_bytes: int, room: int = 0) -> EngineConfig:
+    """Fill in every zero from the model's own context length, the bytes that one token's keys and values take, and the
+    `room` for blocks that was measured. Raises ValueError for limits that cannot be kept, TooLittleMemory for one."""
     if config.model_len > model_len:
         raise ValueError(f"model_len {config.model_len} is over the model's context length of {model_len}")
     block_bytes = token_bytes * config.block_size
     num_blocks = config.num_blocks or 1 + config.kv_bytes // block_bytes
+    if not config.num_blocks and not config.kv_bytes:
+        num_blocks = _fitting(config, model_len, block_bytes, room)
     if 0 < config.host_bytes < block_bytes:
         raise ValueError(f"host_bytes {config.host_bytes} must be at least {block_bytes}, one block, or 0")
     held = (num_blocks - 1) * config.block_size
     on_cpu = config.device == "cpu"
     depth = 0 if on_cpu or config.deterministic else 1
-    budget = max(256 if on_cpu else 4096, config.max_num_seqs)
     return replace(
         config,
         num_blocks=num_blocks,
         host_blocks=config.host_blocks or config.host_bytes // block_bytes,
         model_len=config.model_len or min(model_len, held),
-        max_num_batched_tokens=config.max_num_batched_tokens or budget,
+        max_num_batched_tokens=step_budget(config),
         async_depth=depth if config.async_depth is None else config.async_depth,
         drafting=on_cpu if config.drafting is None else config.drafting,
         free_rows=config.free_rows or (16 if on_cpu else 256),
     ).checked()
+
+
+def _fitting(config: EngineConfig, model_len: int, block_bytes: int, room: int) -> int:
+    """Blocks for `room` bytes, but no more than `max_num_seqs` of the longest sequences can use."""
+
+    def blocks(length: int) -> int:
+        return -(-length // config.block_size)
+
+    most, least = config.model_len or model_len, config.model_len or min(model_len, LEAST_LEN)
+    needed = (1 + blocks(least)) * block_bytes
+    if room < needed:
+        raise TooLittleMemory(
+            f"the KV cache needs at least {needed} bytes for one sequence of {least} tokens; {room} may be taken. "
+            "Lower model_len or max_num_batched_tokens, use kv_dtype fp8, or free memory"
+        )
+    return min(room // block_bytes, 1 + config.max_num_seqs * blocks(most))

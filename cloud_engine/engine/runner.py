@@ -58,7 +58,10 @@ class Runner:
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         shape = (2, config.num_blocks, config.block_size, model.config.num_kv_heads, model.config.head_dim)
         held = FP8 if config.kv_dtype == "fp8" else self.dtype
-        self.caches = [torch.zeros(shape, dtype=held, device=self.device) for _ in range(model.config.num_layers)]
+        # Only the null block is read before it is written. Zeros everywhere would make a CPU hand out all pages now.
+        self.caches = [torch.empty(shape, dtype=held, device=self.device) for _ in range(model.config.num_layers)]
+        for cache in self.caches:
+            cache[:, NULL] = 0
         self.host = HostStore(self.caches, config.host_blocks)
         self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.rotations = {kind.rope: self._rotation(kind) for kind in model.config.layers}

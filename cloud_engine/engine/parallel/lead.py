@@ -5,6 +5,7 @@ Only here is anything scheduled or sampled. The others are told each step's chun
 
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,8 @@ class Lead:
         `load_model` raises, ValueError for limits that cannot be kept, RankLost if a rank fails."""
         asked.check_ranks()
         self._asked, self._text, self._size = asked, text, asked.num_ranks
-        self.config = _resolved(asked, read_config(path))
+        whole = read_config(path)
+        self.config = _resolved(asked, whole, room=sys.maxsize)  # what cannot be is refused before anything is loaded
         if asked.device == "cuda":
             _prepare_cuda(self._size)
         self._part: Part | None = None
@@ -43,7 +45,7 @@ class Lead:
         self._folder = Path(tempfile.mkdtemp(prefix="causeway-ranks-"))
         try:
             with self._watch.limit(LOAD_LIMIT_S):
-                self._runner = self._start(path)
+                self._runner = self._start(path, whole)
         except BaseException:
             self.close()
             raise
@@ -69,7 +71,7 @@ class Lead:
         self._watch.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, path: Path) -> Runner:
+    def _start(self, path: Path, whole: ModelConfig) -> Runner:
         """All ranks load at once, after they have met."""
         self._others += [RankProcess(rank) for rank in range(1, self._size)]
         self._hear("awake")
@@ -79,7 +81,8 @@ class Lead:
         if self._asked.device == "cpu":
             torch.set_num_threads(threads)
         self._part = Part(path, self._asked, 0, meeting)
-        self._hear("loaded")
+        rooms = [self._part.room(self._asked), *self._hear("loaded")]
+        self.config = _resolved(self._asked, whole, room=min(rooms))
         self._tell(Begin(self.config, self._text))
         runner = self._part.runner(self.config, self._text)
         self._hear("ready")
@@ -89,24 +92,29 @@ class Lead:
         for other in self._others:
             other.channel.send(message)
 
-    def _hear(self, point: Literal["awake", "loaded", "ready"]) -> None:
+    def _hear(self, point: Literal["awake", "loaded", "ready"]) -> list[int]:
+        """Waits until all have come so far. Gives what each says of its room."""
+        rooms = []
         for other in self._others:
             message = other.channel.receive()
             if isinstance(message, Failed):
                 raise RankLost(f"rank {other.rank} of the engine failed: {message.message}")
             if message.point != point:
                 raise RankLost(f"rank {other.rank} of the engine is {message.point}, not {point}")
+            rooms.append(message.room)
+        return rooms
 
     def _abort(self) -> None:
         if self._part is not None and self._asked.device == "cuda":
             self._part.groups.abort()
 
 
-def _resolved(asked: EngineConfig, whole: ModelConfig) -> EngineConfig:
-    """The same for all ranks: the one with the largest part of keys and values decides how many blocks there are."""
+def _resolved(asked: EngineConfig, whole: ModelConfig, room: int) -> EngineConfig:
+    """The same for all ranks: the one with the largest part of keys and values decides how many blocks there are, and
+    the one with the least `room`."""
     division = division_of(asked)
     values = max(divide(whole, division, rank).kv_values for rank in range(division.size))
-    return resolve(asked, model_len=whole.context_length, token_bytes=values * asked.kv_value_bytes)
+    return resolve(asked, model_len=whole.context_length, token_bytes=values * asked.kv_value_bytes, room=room)
 
 
 def _prepare_cuda(size: int) -> None:

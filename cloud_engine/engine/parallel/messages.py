@@ -46,9 +46,10 @@ class Step(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 class Reached(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """`awake` when a rank runs, `loaded` after Load, `ready` after Begin. Steps are not answered: what the ranks
-    compute together says enough."""
+    compute together says enough. `room`: once loaded, the bytes that the rank's KV blocks may take."""
 
     point: Literal["awake", "loaded", "ready"]
+    room: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

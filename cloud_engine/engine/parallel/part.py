@@ -9,6 +9,7 @@ import torch
 from cloud_engine.engine.calibration import calibrate
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.graphs import CudaCapture
+from cloud_engine.engine.memory import kv_room, taking
 from cloud_engine.engine.parallel.groups import Groups, connect
 from cloud_engine.engine.parallel.stages import StagedModel
 from cloud_engine.engine.runner import Runner, attention_for
@@ -34,6 +35,10 @@ class Part:
         stage = load_model(path, dtype=config.dtype, device=self.device, share=share).pack(config.quantization)
         self.model: Model = StagedModel(stage, self.groups.pipe) if self.groups.pipe else stage
 
+    def room(self, config: EngineConfig) -> int:
+        """Bytes that this rank's blocks may take. All ranks find out at once, since a step may be computed for it."""
+        return kv_room(self.model, replace(config, device=self.device))
+
     def runner(self, config: EngineConfig, text: list[int]) -> Runner:
         return runner_for(self.model, replace(config, device=self.device), text)
 
@@ -43,7 +48,8 @@ def runner_for(model: Model, config: EngineConfig, text: list[int]) -> Runner:
     if config.kv_dtype == "fp8":
         config = calibrate(model, config, text)
     kernel = attention_for(model.config, config)
-    runner = Runner(model, config, kernel.attend, packed=kernel.packed)
+    with taking(config):
+        runner = Runner(model, config, kernel.attend, packed=kernel.packed)
     # What ranks say to each other is not recorded: with several of them every kernel is launched.
     if config.cuda_graphs and kernel.packed and runner.device.type == "cuda" and config.num_ranks == 1:
         runner.record(CudaCapture())

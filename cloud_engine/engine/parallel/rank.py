@@ -28,7 +28,7 @@ def serve(channel: Channel[ToRank]) -> None:
     if load.config.device == "cuda":
         torch.cuda.set_device(load.rank)
     part = Part(Path(load.path), load.config, load.rank, Path(load.meeting))
-    channel.send(Reached("loaded"))
+    channel.send(Reached("loaded", part.room(load.config)))
     begin = _expect(channel.receive(), Begin)
     runner = part.runner(begin.config, begin.text)
     channel.send(Reached("ready"))

@@ -189,3 +189,15 @@ def test_what_cannot_be_is_said_before_anything_starts(tiny_model, monkeypatch, 
     monkeypatch.setattr(processes.sys, "executable", "/no/such/program")
     with pytest.raises(error, match=named):
         build(tiny_model, EngineConfig(**(LIMITS | config)))
+
+
+def test_the_rank_with_least_room_decides(tiny_model, monkeypatch):
+    """Without a size every rank measures what is free for it; all get the blocks that fit into the least."""
+    monkeypatch.setattr("cloud_engine.engine.parallel.part.kv_room", lambda model, config: 100_000)
+    with started(tiny_model, tensor_parallel=2, num_blocks=0, max_num_seqs=8) as engine:
+        # Of a token's 384 bytes each rank keeps half; the other rank really measures, and has much more.
+        assert engine.config.num_blocks == 100_000 // (192 * 4)
+        made = add(engine)
+        while engine.has_work:
+            engine.step()
+        assert [sequence.output for sequence in made] == wanted()
