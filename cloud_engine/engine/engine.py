@@ -57,6 +57,11 @@ class EngineStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Of all prompt tokens so far, the part that had been computed before."""
+        return self.prefix_hit_tokens / max(1, self.prefix_query_tokens)
+
 
 class Engine:
     """`identity` names weights and revision: prefixes are shared only under the same one. `entropy` gives the seed of

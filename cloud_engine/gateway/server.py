@@ -32,6 +32,7 @@ UNBOUNDED_OUTPUT = 512
 
 _GAUGES = (
     "running", "waiting", "waiting_batch", "kv_blocks_used", "kv_blocks_total", "host_blocks_used", "host_blocks_total",
+    "prefix_hit_rate",
 )  # fmt: skip
 _COUNTERS = (
     "prefix_hit_tokens", "prefix_host_hit_tokens", "prefix_query_tokens", "swapped_out_blocks", "swapped_in_blocks",

@@ -137,6 +137,7 @@ def test_swapping_changes_no_token(tiny_model, wanted, host_blocks):
     assert stats.swapped_out_blocks > 20
     assert stats.host_blocks_used == min(host_blocks, stats.swapped_out_blocks)
     assert stats.kv_blocks_used == 0
+    assert stats.prefix_hit_rate == stats.prefix_hit_tokens / stats.prefix_query_tokens
     if host_blocks > 4:
         assert stats.swapped_in_blocks > 20
         assert 0 < stats.prefix_host_hit_tokens <= stats.prefix_hit_tokens
