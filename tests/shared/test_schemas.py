@@ -92,6 +92,8 @@ def test_values_are_frozen() -> None:
         ).map(tuple),
         sampling=st.builds(Sampling, temperature=st.floats(0, 2), seed=st.none() | st.integers(-(1 << 63), 2**63 - 1)),
         label=st.sampled_from(["free", "edge_only"]),
+        priority=st.sampled_from(["interactive", "batch"]),
+        deadline_s=st.none() | st.floats(0, 86_400, exclude_min=True),
     )
 )
 def test_requests_survive_both_encodings(request: ChatRequest) -> None:
@@ -108,6 +110,12 @@ def test_decoding_checks_as_construction_does() -> None:
         {"sampling": {"zap": 1}},
         {"zap": 1},
         {"label": "x"},
+        {"priority": "urgent"},
+        {"priority": 1},
+        {"deadline_s": 0},
+        {"deadline_s": -1.0},
+        {"deadline_s": 86_401},
+        {"deadline_s": True},
         {"id": 5},
         {"prompt": ""},
     ):

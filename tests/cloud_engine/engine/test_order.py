@@ -1,3 +1,5 @@
+import math
+import sys
 from collections import Counter
 
 import pytest
@@ -198,3 +200,36 @@ def test_every_decode_is_in_every_step_beside_a_long_prompt() -> None:
             assert set(part) == {"long", *(sequence.id for sequence in decodes)}
         assert steps == -(-2048 // (128 - 8))
         assert (scheduler.running[0] is long) is prompt_first
+
+
+def test_a_step_costs_nothing_for_those_who_wait() -> None:
+    """Calls made in scheduling and settling a step are as many beside 3,000 waiting requests of 300 tenants as beside
+    30 of 3: a step costs what runs and what is admitted."""
+
+    def calls(waiting: int, tenants: int) -> int:
+        scheduler = Scheduler(limits(max_num_seqs=8, max_waiting=10_000, num_blocks=200))
+        for number in range(8 + waiting):
+            kind = "batch" if number % 5 == 4 else "interactive"
+            deadline = 1e6 if number % 3 else math.inf
+            tenant = f"t{number % tenants:03}"
+            scheduler.add(request(f"r{number:04}", 4, 50, tenant=tenant, priority=kind, deadline=deadline))
+        for _ in range(12):
+            advance(scheduler)
+        count = 0
+
+        def note(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(note)
+        try:
+            scheduler.tick(1.0)
+            advance(scheduler)
+        finally:
+            sys.setprofile(None)
+        assert len(scheduler.running) == 8
+        assert len(scheduler.waiting) == waiting
+        return count
+
+    few, many = calls(30, 3), calls(3000, 300)
+    assert many <= 1.2 * few
