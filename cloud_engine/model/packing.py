@@ -47,6 +47,8 @@ class Packed(Protocol):
 
 def pack(weight: Tensor, bias: Tensor | None, quantization: Quantization = "none") -> Packed | None:
     """The best order for `weight` [outputs, inputs] here; None if that is the one it has."""
+    if not weight.numel():
+        return None
     if quantization == "int8":
         values, scales = quantize(weight)
         return (Int8Panels if _fits_int8(weight) else Int8)(values, scales, bias)

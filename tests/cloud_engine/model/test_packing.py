@@ -75,6 +75,12 @@ def test_int8_panels_multiply_both_rounded_factors(rows, shape, dtype):
     torch.testing.assert_close(packed(x).float(), expected, atol=atol, rtol=rtol)
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_weight_that_a_rank_has_no_part_of_stays(quantization):
+    """Nothing to pack, and no error."""
+    assert pack(torch.empty(0, 64), None, quantization) is None
+
+
 @needs_int8
 def test_values_that_need_care():
     """Rows of zeros, and rows a million times larger than their neighbours."""
