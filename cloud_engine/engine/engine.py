@@ -35,10 +35,12 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges (running, waiting*, *_used, *_total) and totals since the start. `waiting_batch` is a part of `waiting`,
-    and what was hit in host memory a part of all hits; blocks are swapped out to it, and in again."""
+    """Gauges (running, held until their next draft, waiting*, *_used, *_total) and totals since the start.
+    `waiting_batch` is a part of `waiting`, and what was hit in host memory a part of all hits; blocks are swapped out
+    to it, and in again."""
 
     running: int = 0
+    held: int = 0
     waiting: int = 0
     waiting_batch: int = 0
     kv_blocks_used: int = 0
@@ -202,6 +204,7 @@ class Engine:
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.running),
+            held=len(scheduler.held),
             waiting=len(scheduler.waiting),
             waiting_batch=scheduler.waiting.num_batch,
             kv_blocks_used=scheduler.pool.num_used,

@@ -48,7 +48,7 @@ class Runner:
     ) -> None:
         if config.deterministic:
             attend, packed = invariant.attend, False
-            if not isinstance(model, Decoder):
+            if not isinstance(model, Decoder) or model.peers.size > 1:
                 raise ValueError("deterministic needs the whole model in one process")
             model.fix_rows(ROWS)
         self.model, self.config, self.packed = model, config, packed

@@ -31,8 +31,8 @@ UNBOUNDED_OUTPUT = 512
 """Tokens reserved for a request that names no `max_tokens`; settled by what it uses."""
 
 _GAUGES = (
-    "running", "waiting", "waiting_batch", "kv_blocks_used", "kv_blocks_total", "host_blocks_used", "host_blocks_total",
-    "prefix_hit_rate",
+    "running", "held", "waiting", "waiting_batch", "kv_blocks_used", "kv_blocks_total",
+    "host_blocks_used", "host_blocks_total", "prefix_hit_rate",
 )  # fmt: skip
 _COUNTERS = (
     "prefix_hit_tokens", "prefix_host_hit_tokens", "prefix_query_tokens", "swapped_out_blocks", "swapped_in_blocks",

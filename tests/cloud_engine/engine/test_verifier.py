@@ -54,6 +54,7 @@ def test_a_drafted_request_moves_only_when_drafted_for(tiny_model, wanted, depth
     engine = tiny_llama.engine(tiny_model, async_depth=depth)
     sequence = begun(engine)
     assert (sequence.state, sequence.output) == (State.HELD, wanted[:1])
+    assert (engine.stats().held, engine.stats().running) == (1, 0)
     assert engine.step() == []
     assert ask(engine, sequence, wanted[1:5]) == Verified(4, tuple(wanted[1:6]), 9, None)
     assert ask(engine, sequence, [*wanted[6:8], 0, 0]) == Verified(2, tuple(wanted[6:9]), 12, None)
