@@ -47,7 +47,9 @@ def calibrate(model: Model, config: EngineConfig, tokens: Sequence[int]) -> Engi
     tokens = list(tokens[: min(MAX_TOKENS, config.model_len)])
     blocks = -(-len(tokens) // config.block_size)
     extremes = Extremes()
-    runner = Runner(model, replace(config, kv_dtype="auto", num_blocks=blocks + 1, host_blocks=0), extremes)
+    runner = Runner(
+        model, replace(config, kv_dtype="auto", deterministic=False, num_blocks=blocks + 1, host_blocks=0), extremes
+    )
     runner.run([Chunk(tokens, 0, list(range(1, blocks + 1)), 1)])
     scales = [(scale_for(key), scale_for(value)) for key, value in torch.stack(extremes.seen).tolist()]
     return replace(config, kv_scales=tuple(scales))

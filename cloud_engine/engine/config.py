@@ -31,7 +31,7 @@ class EngineConfig:
         float32 no token changes by it; in half precision only the distribution is the same. Unset: on a CPU. On a GPU a
         step with drafts is neither replayed from a graph nor launched ahead.
     deterministic: a request's logits do not depend on what is computed beside it, by a bit: not on the batch, chunks,
-        cached prefixes, preemption or drafts. Several times slower; needs `async_depth` 0.
+        cached prefixes, preemption or drafts. Several times slower; needs `async_depth` 0 and one rank.
     draft_patience: seconds that a request with a drafter outside stands still between two drafts before it is ended.
     free_rows: rows of a step that cost as much as reading the weights once (0: 16 on a CPU, 256 elsewhere). How far
         drafts go depends on it.
@@ -102,8 +102,8 @@ class EngineConfig:
             raise ValueError(f"model_len {self.model_len} must be 2 to {self.kv_tokens}, what the KV blocks hold")
         if self.async_depth not in (None, 0, 1):
             raise ValueError(f"async_depth is {self.async_depth}; it must be 0 or 1")
-        if self.deterministic and self.async_depth == 1:
-            raise ValueError("deterministic needs async_depth 0")
+        if self.deterministic and (self.async_depth == 1 or self.num_ranks > 1):
+            raise ValueError("deterministic needs async_depth 0, and the whole model in one process")
         if self.free_rows < 0:
             raise ValueError("free_rows must not be negative")
         if self.draft_patience <= 0:

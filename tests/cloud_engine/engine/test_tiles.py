@@ -80,6 +80,15 @@ def test_nothing_beside_a_request_changes_a_bit(folder):
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_a_cache_of_8_bits_changes_nothing_of_that(folder):
+    """What is read back from an FP8 cache is the same for everybody too."""
+    fp8 = {"kv_dtype": "fp8", "kv_scales": ((0.5, 0.25), (0.5, 0.25))}
+    alone = run(engine(folder, drafting=False, **fp8))
+    assert run(engine(folder, max_num_batched_tokens=9, **fp8), others=6) == alone
+    assert alone != run(engine(folder, drafting=False))
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_drafts_change_no_bit(folder):
     """A step with right and wrong drafts gives the log probabilities of steps without."""
     plain, drafted = engine(folder, drafting=False), engine(folder, drafting=False)
@@ -159,6 +168,10 @@ def test_the_kernel_equals_the_reference(window, size):
 
 def test_what_the_mode_cannot_keep_is_refused(tiny_model):
     """Steps ahead of the last result, or a model that is not whole: ValueError at the start."""
+    with pytest.raises(ValueError, match="one process"):
+        EngineConfig(
+            model_len=8, num_blocks=8, max_num_batched_tokens=64, deterministic=True, tensor_parallel=2
+        ).checked()
     with pytest.raises(ValueError, match="async_depth"):
         tiny_llama.engine(tiny_model, deterministic=True, async_depth=1)
 
