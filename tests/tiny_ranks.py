@@ -10,6 +10,7 @@ import torch
 
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.parallel.groups import Groups, connect
+from cloud_engine.engine.parallel.part import runner_for
 from cloud_engine.engine.parallel.stages import StagedModel
 from cloud_engine.engine.runner import Runner
 from cloud_engine.model.division import Division, Share
@@ -17,6 +18,7 @@ from cloud_engine.model.layers import Alone
 from cloud_engine.model.weights import load_model
 
 CONFIG = {"model_len": 64, "num_blocks": 21, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 11}
+TEXT = [number * 37 % 256 + 3 for number in range(60)]
 CPU, LIMIT = torch.device("cpu"), timedelta(seconds=60)
 
 
@@ -38,13 +40,15 @@ class Threads:
 
     def load(self, model: Path, division: Division, **config: object) -> "ThreadedRanks":
         groups = self.connected(division)
-        return ThreadedRanks(
-            self.pool, [runner(model, division, rank, groups[rank], config) for rank in range(len(groups))]
-        )
+        ranks = range(division.size)
+        runners = self.pool.map(lambda rank: runner(model, division, rank, groups[rank], config), ranks)
+        return ThreadedRanks(self.pool, list(runners))
 
 
 class ThreadedRanks:
-    """What an engine knows of a runner."""
+    """To an engine, what a runner is."""
+
+    failed = False
 
     def __init__(self, pool: ThreadPoolExecutor, runners: list[Runner]) -> None:
         self.pool, self.runners = pool, runners
@@ -55,11 +59,15 @@ class ThreadedRanks:
         assert not any(len(other) for other in others)
         return logits
 
+    def close(self) -> None:
+        pass
+
 
 def runner(path: Path, division: Division, rank: int, groups: Groups, config: dict[str, object]) -> Runner:
     peers = groups.peers or Alone()
-    model = load_model(path, share=Share(division, rank, peers)).pack()
-    return Runner(StagedModel(model, groups.pipe) if groups.pipe else model, EngineConfig(**(CONFIG | config)))
+    resolved = EngineConfig(**(CONFIG | config))
+    model = load_model(path, share=Share(division, rank, peers)).pack(resolved.quantization)
+    return runner_for(StagedModel(model, groups.pipe) if groups.pipe else model, resolved, TEXT)
 
 
 @contextmanager

@@ -126,6 +126,8 @@ class EngineConfig:
             raise ValueError("expert_parallel divides experts over the ranks of tensor_parallel, which is 1")
         if self.num_ranks > 1 and self.device not in ("cpu", "cuda"):
             raise ValueError(f"device {self.device!r} is one; with several ranks it is cpu or cuda, a GPU for each")
+        if self.deterministic and self.pipeline_parallel > 1:
+            raise ValueError("deterministic needs pipeline_parallel 1")
         if not 0 < self.rank_timeout <= 3600:
             raise ValueError("rank_timeout must be above 0 and at most 3600 seconds")
 

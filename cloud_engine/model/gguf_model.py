@@ -90,9 +90,11 @@ class GgufTensor:
         self.shape = [int(size) for size in reversed(entry.shape)]
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
-        """What lies from `start` to `stop` along `dim`."""
-        values = gguf.dequantize(self._entry.data, self._entry.tensor_type)
-        return torch.tensor(values).narrow(dim, start, stop - start)
+        """What lies from `start` to `stop` along `dim`. Of a matrix only the rows that are needed are dequantized."""
+        data = self._entry.data
+        if dim == 0 and data.ndim == 2:
+            return torch.tensor(gguf.dequantize(data[start:stop], self._entry.tensor_type))
+        return torch.tensor(gguf.dequantize(data, self._entry.tensor_type)).narrow(dim, start, stop - start)
 
 
 def _hugging_face_name(name: str, layer: Mapping[str, str]) -> str:

@@ -4,11 +4,10 @@ Only here is anything scheduled or sampled. The others are told each step's chun
 """
 
 import os
-import shutil
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -42,7 +41,7 @@ class Lead:
         self._part: Part | None = None
         self._others: list[RankProcess] = []
         self._watch = Watch(self._others, self._abort)
-        self._folder = Path(tempfile.mkdtemp(prefix="causeway-ranks-"))
+        self._folder = TemporaryDirectory(prefix="causeway-ranks-", ignore_cleanup_errors=True)
         try:
             with self._watch.limit(LOAD_LIMIT_S):
                 self._runner = self._start(path, whole)
@@ -69,13 +68,13 @@ class Lead:
     def close(self) -> None:
         """Idempotent."""
         self._watch.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.cleanup()
 
     def _start(self, path: Path, whole: ModelConfig) -> Runner:
         """All ranks load at once, after they have met."""
         self._others += [RankProcess(rank) for rank in range(1, self._size)]
         self._hear("awake")
-        meeting, threads = self._folder / "meeting", max(1, torch.get_num_threads() // self._size)
+        meeting, threads = Path(self._folder.name) / "meeting", max(1, torch.get_num_threads() // self._size)
         for other in self._others:
             other.channel.send(Load(other.rank, str(path.absolute()), str(meeting), threads, self._asked))
         if self._asked.device == "cpu":

@@ -123,3 +123,24 @@ def test_a_vocabulary_smaller_than_its_parts(tmp_path, ranks):
     logits = divided.run([Chunk(tokens, 0, [1, 2, 3], 12)])
     with torch.inference_mode():
         torch.testing.assert_close(logits, oracle(torch.tensor([tokens])).logits[0], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("options", [{"async_depth": 1}, {"deterministic": True}, {"host_blocks": 60}])
+def test_options_change_no_token(tiny_model, ranks, options):
+    """Steps launched ahead, tiles of one size, prefixes that each rank keeps its part of in host memory."""
+    engine = Engine(ranks.load(tiny_model, DIVISIONS["tp2"], **options))
+    wanted = greedy(tiny_llama.oracle())
+    assert [generate(engine) for _ in range(2)] == [wanted] * 2
+    engine.close()
+    assert bool(engine.stats().swapped_in_blocks) == ("host_blocks" in options)
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"kv_dtype": "fp8"}])
+def test_rounding_is_no_worse_over_ranks(tiny_model, ranks, options):
+    """int8 weights are rounded part by part, FP8 scales are found by all ranks at once, each for its own heads."""
+    exact = oracle_logits(tiny_llama.oracle())
+    errors = {
+        name: (ranks.load(tiny_model, division, **options).run(PROMPT) - exact).pow(2).mean().sqrt().item()
+        for name, division in (DIVISIONS | {"whole": Division()}).items()
+    }
+    assert 0 < max(errors.values()) < 1.5 * errors["whole"] < 0.5 * exact.std().item()
