@@ -18,6 +18,7 @@ from cloud_engine.engine.config import EngineConfig
 from cloud_engine.settings import CloudSettings
 from shared.config import InvalidSettings, read_secret
 from shared.models import default_store, resolve
+from shared.telemetry import set_up_logging
 
 BATCHES = (1, 8, 32, 64)
 RATES = (1.0, 2.0, 4.0)
@@ -32,7 +33,10 @@ class SeveralValues(TyperCommand):
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="name in the model store, folder, or GGUF file")],
+    model: Annotated[str | None, typer.Option(help="name in the model store, folder, or GGUF file")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="instead: random weights of this shape, 0.6b, 8b, 30b-a3b, tiny or tiny-moe")
+    ] = None,
     n: Annotated[list[int] | None, typer.Option("--n", min=1, help="requests at once: --n 1 8 32")] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option("--in", min=1, help="prompt tokens of each [128; mix: 161]")
@@ -52,12 +56,16 @@ def bench(
     lengths: Lengths = "mixed" if mixed else "fixed"
     usual = SHAREGPT if mixed else (128, 128)
     given = engine_options([f"dtype={dtype}", f"device={device}", *(options or ())])
-    path = resolve(model, store=default_store(os.environ, Path.home()))
+    if (model is None) == (shape is None):
+        raise InvalidSettings("one of --model and --shape is needed", param="model")
+    path = resolve(model, store=default_store(os.environ, Path.home())) if model else None
     from cloud_engine.bench.offline import Plan, run
+    from cloud_engine.model.shapes import find_shape
 
+    set_up_logging("warning")  # on stderr: stdout is the report's
     plan = Plan(n or BATCHES, prompt_tokens or usual[0], output_tokens or usual[1], lengths, repeats, seed)
     try:
-        run(path, plan, given, Report(csv))
+        run(path or find_shape(shape or ""), plan, given, Report(csv))
     except ValueError as error:
         raise InvalidSettings(str(error)) from error
 

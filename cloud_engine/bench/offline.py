@@ -7,15 +7,22 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cloud_engine.bench.figures import Report, milliseconds, spread
+from cloud_engine.bench.floor import bandwidth, floor
 from cloud_engine.bench.workload import Job, Lengths, jobs, longest
-from cloud_engine.engine.build import build
+from cloud_engine.engine.build import build, build_random
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
+from cloud_engine.model.shapes import Shape
 from shared.errors import Internal
 from shared.schemas import Sampling
 
 Clock = Callable[[], float]
+
+COPIED_BYTES = 1 << 28
+"""More than any cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +59,15 @@ class Plan:
     seed: int = 0
 
 
-def run(model: Path, plan: Plan, options: Mapping[str, Any], report: Report, clock: Clock = time.perf_counter) -> None:
+Source = Path | Shape
+"""A model's files, or the shape of one with random weights."""
+
+
+def run(
+    model: Source, plan: Plan, options: Mapping[str, Any], report: Report, clock: Clock = time.perf_counter
+) -> None:
     """Report a row for each number of requests: n, in, out, wall_s and out_tok_s (medians, with their ranges) and
-    percentiles of first-token time and gaps.
+    percentiles of first-token time and gaps; of a shape also what memory allows at best in the middle of the answers.
 
     All requests are there from the start, so the wall time includes every prefill. `options` are EngineConfig's.
     Raises ModelInvalid or UnsupportedModel, and ValueError for limits that cannot be kept.
@@ -63,10 +76,13 @@ def run(model: Path, plan: Plan, options: Mapping[str, Any], report: Report, clo
     tokens = range(engine.vocab_size)
     # The first steps set up kernels and threads.
     measure(engine, jobs("fixed", max(plan.n_list), 4, 2, tokens=tokens, seed=plan.seed), clock)
+    middle = plan.prompt_tokens + plan.output_tokens // 2
+    given = bandwidth(torch.device(engine.config.device), COPIED_BYTES) if isinstance(model, Shape) else 0.0
     for n in plan.n_list:
         sizes = plan.lengths, n, plan.prompt_tokens, plan.output_tokens
         seeds = range(plan.seed, plan.seed + plan.repeats)
-        report.add(_row(n, plan, [measure(engine, jobs(*sizes, tokens=tokens, seed=seed), clock) for seed in seeds]))
+        row = _row(n, plan, [measure(engine, jobs(*sizes, tokens=tokens, seed=seed), clock) for seed in seeds])
+        report.add(row | (floor(model, engine.config, n, middle, given) if isinstance(model, Shape) else {}))
 
 
 def measure(engine: Engine, work: Sequence[Job], clock: Clock) -> Round:
@@ -87,7 +103,7 @@ def measure(engine: Engine, work: Sequence[Job], clock: Clock) -> Round:
     return Round(wall, sum(job.output for job in work), list(arrivals.values()))
 
 
-def engine_for(model: Path, n: int, length: int, options: Mapping[str, Any]) -> Engine:
+def engine_for(model: Source, n: int, length: int, options: Mapping[str, Any]) -> Engine:
     """An engine with room for this load, so that the pool's size is no part of the measurement. Without drafts unless
     `options` ask for them: what a model says to random tokens turns in circles, which makes them easy."""
     asked = EngineConfig(model_len=length, max_num_seqs=n, max_waiting=n, prefix_caching=False, drafting=False)
@@ -95,7 +111,7 @@ def engine_for(model: Path, n: int, length: int, options: Mapping[str, Any]) -> 
     if not asked.num_blocks:
         # One block more for each than it fills: what the scheduler keeps free for the running ones to grow into.
         asked = replace(asked, num_blocks=1 + n * (2 + length // asked.block_size))
-    return build(model, asked)
+    return build(model, asked) if isinstance(model, Path) else build_random(model, asked)
 
 
 def _row(n: int, plan: Plan, rounds: Sequence[Round]) -> dict[str, Any]:

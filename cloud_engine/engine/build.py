@@ -11,6 +11,8 @@ from cloud_engine.engine.memory import kv_room
 from cloud_engine.engine.parallel.lead import Lead
 from cloud_engine.engine.parallel.part import runner_for
 from cloud_engine.engine.runner import Runner
+from cloud_engine.model.decoder import Decoder
+from cloud_engine.model.shapes import Shape, random_model
 from cloud_engine.model.tokenizer import Tokenizer
 from cloud_engine.model.weights import load_model
 
@@ -22,14 +24,26 @@ def build(path: Path, asked: EngineConfig, *, stop_ids: frozenset[int] = frozens
     compute and one of them fails.
     """
     text = Tokenizer(path).encode(TEXT) if asked.kv_dtype == "fp8" else []
-    runner = Lead(path, asked, text) if asked.num_ranks > 1 else _alone(path, asked, text)
+    runner = Lead(path, asked, text) if asked.num_ranks > 1 else _alone(_loaded(path, asked), asked, text)
     config = runner.config
     structlog.get_logger("causeway.engine").info("kv cache", tokens=config.kv_tokens, host_blocks=config.host_blocks)
     return Engine(runner, stop_ids=stop_ids, identity=str(path))
 
 
-def _alone(path: Path, asked: EngineConfig, text: list[int]) -> Runner:
-    model = load_model(path, dtype=asked.dtype, device=asked.device).pack(asked.quantization)
+def build_random(shape: Shape, asked: EngineConfig) -> Engine:
+    """An engine of random weights, in this process. Raises ValueError for limits that cannot be kept."""
+    if asked.num_ranks > 1:
+        raise ValueError("random weights are those of one process: tensor_parallel and pipeline_parallel must be 1")
+    model = random_model(shape, dtype=asked.dtype, device=asked.device)
+    return Engine(_alone(model, asked, list(range(min(256, shape.config.vocab_size)))), identity=shape.name)
+
+
+def _loaded(path: Path, asked: EngineConfig) -> Decoder:
+    return load_model(path, dtype=asked.dtype, device=asked.device)
+
+
+def _alone(model: Decoder, asked: EngineConfig, text: list[int]) -> Runner:
+    model.pack(asked.quantization)
     length, token_bytes = model.config.context_length, model.config.kv_values * asked.kv_value_bytes
     config = resolve(asked, model_len=length, token_bytes=token_bytes, room=kv_room(model, asked))
     return runner_for(model, config, text)
