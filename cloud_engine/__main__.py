@@ -9,15 +9,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 from prometheus_client import CollectorRegistry
 
 from cloud_engine.bench.commands import SeveralValues, bench, bench_serve
+from cloud_engine.gateway.pool import Pool
 from cloud_engine.gateway.server import Backend, Gateway
 from cloud_engine.gateway.upstream import Timeouts, Upstream
+from cloud_engine.model.config import UnsupportedModel
 from cloud_engine.settings import CloudSettings
 from shared.config import InvalidSettings, load, read_secret
-from shared.errors import CausewayError
+from shared.errors import CausewayError, UnknownModel
 from shared.frames import MAX_FRAME
 from shared.keys import Keys, new_key
 from shared.models import default_store, model_name, resolve, verify
@@ -41,8 +44,10 @@ CLOSE_S = 3.0
 @app.command()
 def serve(
     model: Annotated[str | None, typer.Option(help="name in the model store, folder, GGUF; or upstream's name")] = None,
-    backend: Annotated[str | None, typer.Option(help="native, openai, or auto: openai if there is an upstream")] = None,
-    upstream: Annotated[str | None, typer.Option(help="OpenAI-compatible server: http://HOST:PORT/v1")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="native, openai, or auto: native if it can be, else openai")
+    ] = None,
+    upstream: Annotated[list[str] | None, typer.Option(help="OpenAI-compatible server; several are a pool")] = None,
     upstream_key_file: Annotated[Path | None, typer.Option(help="file with the key for the upstream")] = None,
     host: Annotated[str | None, typer.Option(help="beyond loopback needs --keys and TLS")] = None,
     port: Annotated[int | None, typer.Option(help="0 chooses one and prints it")] = None,
@@ -71,8 +76,7 @@ def serve(
     set_up_logging(settings.log_level)
     key_file = Keys(settings.keys, source="cloud") if settings.keys else None
     with bind(settings.host, settings.port) as listener:
-        backend_of = _upstream if settings.upstream else _native
-        asyncio.run(_serve(settings, backend_of(settings), key_file, listener))
+        asyncio.run(_serve(settings, _backend(settings), key_file, listener))
 
 
 @keys_app.command("new")
@@ -87,6 +91,18 @@ def keys_new(
     typer.echo(token)
 
 
+def _backend(settings: CloudSettings) -> Backend:
+    """`auto` takes the model that can be had here; a model that is here but damaged is an error all the same."""
+    if settings.backend == "openai" or not settings.upstream:
+        return _upstream(settings) if settings.upstream else _native(settings)
+    try:
+        return _native(settings)
+    except (UnknownModel, UnsupportedModel, ImportError) as error:
+        reason = error.message if isinstance(error, CausewayError) else "torch is not installed"
+        structlog.get_logger("causeway.cloud").info("upstream_instead", reason=reason)
+        return _upstream(settings)
+
+
 def _native(settings: CloudSettings) -> Backend:
     """Our own engine: torch is imported here."""
     path = _resolved(settings.model)
@@ -99,23 +115,28 @@ def _native(settings: CloudSettings) -> Backend:
         raise InvalidSettings(str(error)) from error
 
 
-def _upstream(settings: CloudSettings) -> Backend:
-    """Another server: this process then needs no torch."""
+def _upstream(settings: CloudSettings) -> Upstream | Pool:
+    """Other servers: this process then needs no torch."""
     key_file, ca = settings.upstream_key_file, settings.upstream_ca
     try:
         trusted = ssl.create_default_context(cafile=str(ca) if ca else None)
     except (OSError, ssl.SSLError) as error:
         raise InvalidSettings(f"upstream_ca: {ca} holds no certificates", param="upstream_ca") from error
-    return Upstream(
-        settings.upstream or "",
-        settings.model,
-        read_secret(key_file, "upstream_key_file") if key_file else "",
-        context_length=settings.model_len,
-        timeouts=Timeouts(settings.connect_timeout, settings.first_token_timeout, settings.idle_timeout),
-        concurrent=settings.max_num_seqs + settings.max_waiting,
-        cache_salt=settings.upstream_cache_salt,
-        verify=trusted,
-    )
+    key = read_secret(key_file, "upstream_key_file") if key_file else ""
+    members = [
+        Upstream(
+            base_url,
+            settings.model,
+            key,
+            context_length=settings.model_len,
+            timeouts=Timeouts(settings.connect_timeout, settings.first_token_timeout, settings.idle_timeout),
+            concurrent=settings.max_num_seqs + settings.max_waiting,
+            cache_salt=settings.upstream_cache_salt,
+            verify=trusted,
+        )
+        for base_url in settings.upstream
+    ]
+    return members[0] if len(members) == 1 else Pool(members)
 
 
 async def _serve(settings: CloudSettings, engine: Backend, keys: Keys | None, listener: socket.socket) -> None:
@@ -131,6 +152,7 @@ async def _serve_started(settings: CloudSettings, engine: Backend, keys: Keys | 
     gateway = Gateway(
         engine,
         engine.model_card(),
+        others=engine.other_cards() if isinstance(engine, Upstream | Pool) else (),
         keys=keys,
         limits=settings.tenant_limits(),
         guard=settings.guard(),

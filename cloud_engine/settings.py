@@ -34,6 +34,7 @@ def _base_url(url: str) -> str:
 
 
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
+Upstreams = Annotated[tuple[BaseUrl, ...], BeforeValidator(_split)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Names = Annotated[frozenset[str], BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
@@ -59,9 +60,9 @@ class CloudSettings(Settings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     backend: Literal["auto", "native", "openai"] = "auto"
-    """What answers: our own engine, or `upstream`; auto: the upstream if there is one."""
-    upstream: BaseUrl | None = None
-    """An OpenAI-compatible server, as `http://HOST:PORT/v1`."""
+    """What answers: our own engine, or `upstream`; auto: our own where the model can be had here, else `upstream`."""
+    upstream: Upstreams = ()
+    """OpenAI-compatible servers, as `http://HOST:PORT/v1`; several are a pool."""
     upstream_key_file: Path | None = None
     """Holds the key that the upstream knows us by; no other user may read it."""
     upstream_ca: Path | None = None
@@ -129,7 +130,7 @@ class CloudSettings(Settings):
 
     @model_validator(mode="after")
     def _upstream_fits(self) -> "CloudSettings":
-        if self.upstream is None:
+        if not self.upstream:
             given = {"upstream_key_file": self.upstream_key_file, "upstream_ca": self.upstream_ca}
             needing = next((name for name, value in given.items() if value is not None), None)
             if needing or self.backend == "openai":
@@ -139,8 +140,11 @@ class CloudSettings(Settings):
             return self
         if self.backend == "native":
             raise PydanticCustomError("upstream", "backend native has no upstream")
-        parts = urlsplit(self.upstream)
-        if parts.scheme == "http" and not is_loopback(parts.hostname or "") and not self.upstream_plaintext:
+        if len(set(self.upstream)) < len(self.upstream):
+            raise PydanticCustomError("upstream", "upstream: each address may be given once")
+        addresses = map(urlsplit, self.upstream)
+        plain = any(one.scheme == "http" and not is_loopback(one.hostname or "") for one in addresses)
+        if plain and not self.upstream_plaintext:
             raise PydanticCustomError(
                 "upstream", "upstream: beyond loopback it must be https:// (or set upstream_plaintext)"
             )

@@ -66,8 +66,10 @@ def started(model: str, settings: Mapping[str, str]) -> Iterator[str]:
     asked = {"log_level": "warning", "concurrent": "0", **settings}
     env = {**os.environ, **{f"{ENV_PREFIX}{name.upper()}": value for name, value in asked.items()}}
     command = [sys.executable, "-m", "cloud_engine", "serve", "--model", model, "--port", "0"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
         try:
             line = process.stdout.readline() if process.stdout else ""
             if not line.startswith(LISTENING):
@@ -80,4 +82,3 @@ def started(model: str, settings: Mapping[str, str]) -> Iterator[str]:
                 process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()

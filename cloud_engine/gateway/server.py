@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cloud_engine.gateway.limits import Limiter, TenantLimits
+from cloud_engine.gateway.names import VIRTUAL_MODELS
 from cloud_engine.gateway.socket import SocketEndpoint
 from shared.errors import CausewayError, Overloaded, UnknownModel
 from shared.executions import Rules
@@ -23,8 +24,6 @@ from shared.keys import Keys
 from shared.schemas import Answer, ChatRequest, Delta, ModelCard, Route, Usage
 from shared.telemetry import Listener, RequestMetrics, observed
 
-VIRTUAL_MODELS = ("auto", "cloud")
-"""Names that every cloud engine answers to, whatever it runs."""
 LOCAL_TENANT = "local"
 PROMPT_CHARS_PER_TOKEN = 4
 UNBOUNDED_OUTPUT = 512
@@ -77,6 +76,7 @@ class Backend(ServedEngine, Protocol):
 class Gateway:
     """Everything between a socket and the engine. `app` is the ASGI application to serve.
 
+    `card` is what the virtual models mean too; `others` may be asked for by name, as an upstream has them.
     Without `keys`, whoever can connect is the tenant `local`: for loopback only, see `shared.serving.check_bind`.
     """
 
@@ -85,6 +85,7 @@ class Gateway:
         engine: ServedEngine,
         card: ModelCard,
         *,
+        others: Sequence[ModelCard] = (),
         keys: Keys | None,
         limits: TenantLimits,
         guard: Guard,
@@ -104,7 +105,8 @@ class Gateway:
         self._listeners = (RequestMetrics(registry), *listeners)
         registry.register(EngineCollector(engine))
         names = dict.fromkeys((card.id, *VIRTUAL_MODELS))  # another Causeway's model may be called `cloud` itself
-        self.cards = tuple(msgspec.structs.replace(card, id=name) for name in names)
+        self._others = {other.id: other for other in others if other.id not in names}
+        self.cards = (*(msgspec.structs.replace(card, id=name) for name in names), *self._others.values())
         self._socket = SocketEndpoint(
             answer_for=self._tenants_answer,
             authenticate=self._tenant_of,
@@ -157,7 +159,7 @@ class Gateway:
             async with aclosing(self._engine.answer(request, salt=tenant)) as deltas:
                 async for delta in deltas:
                     used = _total(delta.usage) if delta.usage else used + delta.tokens
-                    yield self._said(delta, first=first)
+                    yield self._said(delta, request.model, first=first)
                     first = False
         finally:
             self._limiter.leave(tenant, reserved, used)
@@ -168,11 +170,12 @@ class Gateway:
         if request.model not in names:
             raise UnknownModel(f"no such model here; there are {', '.join(names)}", param="model", source="cloud")
 
-    def _said(self, delta: Delta, *, first: bool) -> Delta:
+    def _said(self, delta: Delta, asked: str, *, first: bool) -> Delta:
         """The first and the last delta say who answers."""
         if not first and delta.finish_reason is None:
             return delta
-        return msgspec.structs.replace(delta, route=Route(target="cloud", reason="requested", model=self._card.id))
+        model = asked if asked in self._others else self._card.id
+        return msgspec.structs.replace(delta, route=Route(target="cloud", reason="requested", model=model))
 
     def _count(self, by: int) -> None:
         self._running += by

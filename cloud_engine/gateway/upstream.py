@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from cloud_engine.gateway.completions import ChunkReader, fields_of, path_of
 from cloud_engine.gateway.events import EventStream
+from cloud_engine.gateway.names import VIRTUAL_MODELS
 from cloud_engine.gateway.refusals import refused
 from shared.config import InvalidSettings
 from shared.errors import CausewayError, DeadlineExceeded, Overloaded, PolicyDenied, Unreachable, UpstreamFailed
@@ -35,6 +36,8 @@ KEEPALIVE_S = 3.0
 """How long an unused connection is trusted: less than the 5 s after which the usual servers close theirs."""
 MAX_REFUSAL = 64 << 10
 MAX_MODELS = 1 << 20
+MAX_OTHERS, MAX_NAME = 256, 200
+"""How many models of an upstream are listed, and how long their names may be."""
 MAX_STREAM = 256 << 20
 """Bytes of a whole streamed answer."""
 REFUSAL_S = 5.0
@@ -96,6 +99,8 @@ class Upstream:
         self._headers = {"accept-encoding": "identity", "user-agent": "causeway"}
         self._headers |= {"authorization": f"Bearer {key}"} if key else {}
         self._context_length = context_length
+        self._others: dict[str, ModelCard] = {}
+        """Further models that it serves, by their names."""
         self._timeouts = timeouts or Timeouts()
         self._concurrent, self._cache_salt, self._probe_s = concurrent, cache_salt, probe_s
         # Making one that trusts the system's certificates takes long; an http:// address never uses it.
@@ -111,10 +116,14 @@ class Upstream:
 
     async def start(self) -> None:
         """Ask the upstream what it serves. Raises InvalidSettings if its context length is needed and cannot be had."""
-        await self._probe()
+        await self.watch()
         if not self._context_length:
             reason = self._failure.message if self._failure else "the upstream does not say its context length"
             raise InvalidSettings(f"{reason}: give model_len to start all the same", param="model_len")
+
+    async def watch(self) -> None:
+        """Ask the upstream what it serves, now and every `probe_s` seconds; it may be away."""
+        await self._probe()
         self._prober = asyncio.create_task(self._probe_forever())
 
     async def aclose(self) -> None:
@@ -139,11 +148,17 @@ class Upstream:
     def model_card(self) -> ModelCard:
         return ModelCard(id=self._model, context_length=self._context_length)
 
+    def other_cards(self) -> tuple[ModelCard, ...]:
+        """What else it serves, as it last said; requests may name these too."""
+        return tuple(self._others.values())
+
     async def answer(self, request: ChatRequest, *, salt: str = "") -> AsyncGenerator[Delta, None]:
         """Deltas of one request; closing the generator closes the connection. `salt` is the tenant."""
         if request.label == "edge_only":
             raise PolicyDenied("a request labelled edge_only must not be passed on", param="label", source="cloud")
-        fields = fields_of(request, self._model, self._context_length)
+        other = self._others.get(request.model)
+        model, length = (other.id, other.context_length) if other else (self._model, self._context_length)
+        fields = fields_of(request, model, length)
         if self._cache_salt:
             fields["cache_salt"] = hashlib.sha256(f"causeway:{salt}".encode()).hexdigest()
         reader = ChunkReader(request, fields)
@@ -287,7 +302,14 @@ class Upstream:
         """A server with one model has the one we mean, whatever it calls it."""
         ours = [one for one in models if one.id == self._model] or (models if len(models) == 1 else [])
         if ours and not self._context_length:
-            self._context_length = max(0, ours[0].context_length or ours[0].max_model_len or 0)
+            self._context_length = _length(ours[0])
+        plain = [one for one in models[:MAX_OTHERS] if one.id.isprintable() and len(one.id) <= MAX_NAME]
+        others = [one for one in plain if one not in ours and one.id not in (self._model, *VIRTUAL_MODELS)]
+        self._others = {one.id: ModelCard(id=one.id, context_length=_length(one)) for one in others}
+
+
+def _length(model: _Model) -> int:
+    return max(0, model.context_length or model.max_model_len or 0)
 
 
 @dataclass(slots=True)

@@ -8,12 +8,21 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from fakes import EchoAnswer
 from prometheus_client import CollectorRegistry
 from serving import served
 
+from cloud_engine.__main__ import _backend, main
 from cloud_engine.bench.commands import repeated
+from cloud_engine.engine.serving import EngineAnswer
+from cloud_engine.gateway.pool import Pool
+from cloud_engine.gateway.upstream import Upstream
+from cloud_engine.model.config import UnsupportedModel
+from cloud_engine.settings import CloudSettings
+from shared.config import load
 from shared.errors import Unauthorized
+from shared.gguf import ModelInvalid
 from shared.guard import Guard
 from shared.http import create_app
 from shared.keys import Keys
@@ -95,14 +104,54 @@ def test_keys_have_a_default_place(tmp_path: Path) -> None:
         (["serve", "--model", "m", "--upstream", "http://localhost:1", "--upstream-key-file", "none"], "none"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], text: str) -> None:
-    """No traceback; the message names what is wrong."""
-    done = run(*args)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    args: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback; the message names what is wrong. In this process, since starting one takes a second."""
+    monkeypatch.setattr(sys, "argv", ["cloud-engine", *args])
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
+    before = structlog.get_config()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        structlog.configure(**before)
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert text in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
 
-    assert done.returncode == 2
-    assert text in done.stderr
+
+def test_a_mistake_ends_the_process() -> None:
+    """The same from outside."""
+    done = run("serve", "--model", "no/such/model")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no/such/model" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+
+
+def test_auto_takes_our_own_engine_where_it_can(tiny_model: Path) -> None:
+    """The model that is here; the upstream for one that is not, or of another kind. Several upstreams are a pool."""
+    upstream = ["http://localhost:1", "http://localhost:2"]
+
+    def chosen(model: str, **flags: Any) -> type:
+        return type(_backend(load(CloudSettings, None, {}, {"model": model, "kv_blocks": 20, **flags})))
+
+    assert chosen(str(tiny_model)) is EngineAnswer
+    assert chosen(str(tiny_model), upstream=upstream) is EngineAnswer
+    assert chosen(str(tiny_model), upstream=upstream, backend="openai") is Pool
+    assert chosen("org/model", upstream=upstream) is Pool
+    assert chosen("org/model", upstream=upstream[:1]) is Upstream
+    other = tiny_model.parent / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "rwkv"}')
+    assert chosen(str(other), upstream=upstream) is Pool
+    with pytest.raises(UnsupportedModel):
+        chosen(str(other))
+    (other / "config.json").write_text("{not json")
+    with pytest.raises(ModelInvalid):
+        chosen(str(other), upstream=upstream)
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         ({"upstream": "http://localhost:0"}, "upstream"),
         ({"upstream": "http://[::1"}, "upstream"),
         ({"upstream": "http://10.0.0.1:8000"}, "upstream_plaintext"),
+        ({"upstream": ["http://localhost:1", "http://10.0.0.1:8000"]}, "upstream_plaintext"),
+        ({"upstream": "http://localhost:1,http://localhost:1/v1"}, "once"),
         ({"upstream": "http://localhost", "idle_timeout": float("inf")}, "idle_timeout"),
         ({"upstream": "http://localhost", "connect_timeout": 0}, "connect_timeout"),
     ],
@@ -113,10 +115,10 @@ def test_bad_settings_are_named(flags: dict[str, object], field: str) -> None:
 )
 def test_an_upstreams_address_has_a_path(given: str, base: str) -> None:
     """Without one it is /v1, where every known server has it."""
-    assert load(CloudSettings, None, {}, {"model": "m", "upstream": given}).upstream == base
+    assert load(CloudSettings, None, {}, {"model": "m", "upstream": given}).upstream == (base,)
 
 
 def test_plain_http_to_another_machine_can_be_permitted() -> None:
     """By name: the key and every prompt then cross the network in the clear."""
     flags = {"model": "m", "upstream": "http://10.0.0.1:8000", "upstream_plaintext": True}
-    assert load(CloudSettings, None, {}, flags).upstream == "http://10.0.0.1:8000/v1"
+    assert load(CloudSettings, None, {}, flags).upstream == ("http://10.0.0.1:8000/v1",)

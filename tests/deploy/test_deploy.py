@@ -70,7 +70,7 @@ def test_commented_out_cloud_settings_exist_too(tmp_path: Path) -> None:
     settings = load(CloudSettings, tmp_path / "cloud.toml", {}, {})
 
     assert settings.backend == "openai"
-    assert settings.upstream == "http://127.0.0.1:8000/v1"
+    assert settings.upstream == ("http://127.0.0.1:8000/v1",)
     assert settings.tls is not None
 
 

@@ -1,16 +1,29 @@
 import asyncio
 import contextlib
 import gc
-import json
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from contextlib import aclosing
 
 import msgspec
 import pytest
 from fakes import EchoAnswer, ScriptedAnswer
-from prometheus_client import CollectorRegistry
-from serving import served
+from stand_ins import (
+    FAULTS,
+    FINISH,
+    HEAD,
+    KEY,
+    LAST,
+    ONE,
+    PIECE,
+    Faulty,
+    chunked,
+    collect,
+    events,
+    faulty,
+    http,
+    opened,
+    real,
+    request,
+)
 
 from cloud_engine.gateway.upstream import Timeouts, Upstream
 from shared.config import InvalidSettings
@@ -24,30 +37,7 @@ from shared.errors import (
     Unreachable,
     UpstreamFailed,
 )
-from shared.guard import Guard
-from shared.http import create_app
-from shared.schemas import Answer, ChatRequest, Delta, Message, ModelCard, Sampling, Usage
-
-KEY = "sk-canary"
-CARD = ModelCard(id="real", context_length=2048)
-ONE, LAST = Delta(text="one", tokens=1), Delta(finish_reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=1))
-QUICK = Timeouts(connect=2, first_token=0.3, idle=0.3)
-
-
-def request(text: str = "a b c", label: str = "free", **sampling: Any) -> ChatRequest:
-    messages = (Message(role="user", content=text),)
-    return ChatRequest(id="r1", model="auto", messages=messages, sampling=Sampling(**sampling), label=label)  # type: ignore[arg-type]
-
-
-async def collect(answer: Any, one: ChatRequest, begun: asyncio.Event | None = None) -> list[Delta]:
-    """All of an answer; `begun` is set at its first delta."""
-    got = []
-    async with aclosing(answer.answer(one)) as deltas:
-        async for delta in deltas:
-            got.append(delta)
-            if begun is not None:
-                begun.set()
-    return got
+from shared.schemas import ChatRequest, Delta, Message, ModelCard, Sampling, Usage
 
 
 async def failed(upstream: Upstream, one: ChatRequest | None = None) -> CausewayError:
@@ -58,31 +48,6 @@ async def failed(upstream: Upstream, one: ChatRequest | None = None) -> Causeway
     assert KEY not in f"{caught.value!r}{caught.value.__cause__!r}"
     assert caught.value.source == "cloud"
     return caught.value
-
-
-@asynccontextmanager
-async def opened(port: int, **options: Any) -> AsyncIterator[Upstream]:
-    upstream = Upstream(f"http://127.0.0.1:{port}/v1", "real", KEY, **{"context_length": 2048, **options})
-    try:
-        yield upstream
-    finally:
-        await upstream.aclose()
-
-
-@asynccontextmanager
-async def real(inner: Answer, **options: Any) -> AsyncIterator[Upstream]:
-    """Our own OpenAI surface, served for real, as the upstream."""
-    seen: list[str] = []
-
-    def answer_for(headers: Any) -> Answer:
-        seen.append(headers.get("authorization", ""))
-        return inner
-
-    app = create_app(answer_for=answer_for, models=lambda: [CARD], health=lambda: {"status": "ok"},
-                     registry=CollectorRegistry(), source="cloud", guard=Guard())  # fmt: skip
-    async with served(app) as port, opened(port, **options) as upstream:
-        yield upstream
-    assert set(seen) <= {f"Bearer {KEY}"}
 
 
 class TestRealServer:
@@ -250,63 +215,6 @@ class TestRealServer:
                 assert upstream.failure is None
 
 
-def http(body: bytes, status: str = "200 OK", kind: str = "text/event-stream", *headers: str) -> bytes:
-    lines = [f"HTTP/1.1 {status}", f"content-type: {kind}", f"content-length: {len(body)}", *headers]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-def events(*pieces: Any) -> bytes:
-    shown = [piece if isinstance(piece, str) else json.dumps(piece) for piece in pieces]
-    return "".join(f"data: {piece}\n\n" for piece in shown).encode()
-
-
-class Faulty:
-    """A raw server that answers every request with the same bytes, then repeats others, hangs, or closes."""
-
-    def __init__(self, reply: bytes, *, hang: bool = False, repeat: bytes = b"") -> None:
-        self.reply, self.hang, self.repeat = reply, hang, repeat
-        self.heads: list[bytes] = []
-        self.left = asyncio.Event()
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            self.heads.append(head)
-            lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
-            await reader.readexactly(int(lengths[0].split(b":")[1]) if lengths else 0)
-            writer.write(self.reply)
-            await writer.drain()
-            while self.repeat:
-                writer.write(self.repeat)
-                await writer.drain()
-                await asyncio.sleep(0.01)
-            if self.hang:
-                await reader.read()
-        self.left.set()
-        writer.close()
-
-
-@asynccontextmanager
-async def faulty(reply: bytes, *, hang: bool = False, repeat: bytes = b"", **options: Any) -> AsyncIterator[
-    tuple[Upstream, Faulty]
-]:  # fmt: skip
-    stand_in = Faulty(reply, hang=hang, repeat=repeat)
-    server = await asyncio.start_server(stand_in, "127.0.0.1", 0)
-    async with opened(server.sockets[0].getsockname()[1], **{"timeouts": QUICK, **options}) as upstream:
-        yield upstream, stand_in
-    server.close()
-    await server.wait_closed()
-
-
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-PIECE = {"choices": [{"index": 0, "delta": {"content": "one"}, "finish_reason": None}]}
-FINISH = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-
-
-def chunked(body: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(body), body)
-
-
 class TestFaultyServer:
     async def test_nobody_there_is_unreachable(self) -> None:
         """Refused at once; retryable, so that a fallback may answer."""
@@ -319,35 +227,7 @@ class TestFaultyServer:
             assert type(error) is Unreachable
             assert error.retryable
 
-    @pytest.mark.parametrize(
-        ("reply", "code"),
-        [
-            (http(f'{{"error":{{"message":"bad key {KEY}"}}}}'.encode(), "401 Unauthorized"), "upstream_failed"),
-            (http(b'{"error":{"code":"model_not_found"}}', "404 Not Found"), "model_not_found"),
-            (http(b"", "429 Too Many Requests", "text/plain", "retry-after: 9"), "rate_limited"),
-            (http(b"", "503 Service Unavailable"), "overloaded"),
-            (http(b"oops", "500 Internal Server Error"), "upstream_failed"),
-            (http(b"x" * 200_000, "400 Bad Request"), "bad_request"),
-            (http(b"<html></html>", kind="text/html"), "upstream_failed"),
-            (http(b'{"choices": []}', kind="application/json"), "upstream_failed"),
-            (http(b"", "204 No Content"), "upstream_failed"),
-            (http(events(FINISH), "200 OK", "text/event-stream", "content-encoding: gzip"), "upstream_failed"),
-            (http(events("{not json")), "upstream_failed"),
-            (http(events(PIECE, "{not json")), "upstream_failed"),
-            (http(events(PIECE)), "upstream_failed"),
-            (http(events(PIECE, "[DONE]")), "upstream_failed"),
-            (http(b""), "upstream_failed"),
-            (HEAD + chunked(events(PIECE)), "upstream_failed"),
-            (HEAD + b"zz\r\n", "upstream_failed"),
-            (HEAD + chunked(b"data: " + b"x" * (2 << 20)), "upstream_failed"),
-            (b"not http at all\r\n\r\n", "upstream_failed"),
-            (b"", "upstream_failed"),
-            (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 300_000, "upstream_failed"),
-        ],
-        ids=["401", "404", "429", "503", "500", "long refusal", "html", "no stream", "204", "gzip", "no json",
-             "no json later", "no end", "DONE alone", "empty", "cut", "bad chunk", "giant line", "no http",
-             "closed", "giant header"],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("reply", "code"), FAULTS.values(), ids=FAULTS)
     async def test_whatever_it_answers_is_a_typed_error(self, reply: bytes, code: str) -> None:
         """At once, of the right kind, with nothing of what it wrote."""
         async with faulty(reply, timeouts=Timeouts(5, 5, 5)) as (upstream, _):
