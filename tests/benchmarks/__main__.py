@@ -1,6 +1,6 @@
 """`make bench`: what is promised about speed, measured side by side in one run. One JSON object a line.
 
-    PYTHONPATH=deploy python -m tests.benchmarks [edge] [link] [engine] [drafting] [prefix] [--rounds N] [--model FILE]
+    PYTHONPATH=deploy python -m tests.benchmarks [SUITE ...] [--rounds N] [--model FILE.gguf]
 
 Ratios are taken round by round between runs that alternate, and quoted as median with the range: absolute numbers of a
 shared machine drift, their ratios much less. What was measured where is kept in RESULTS.md.
@@ -11,12 +11,12 @@ import os
 from pathlib import Path
 
 from shared.models import default_store, resolve
-from tests.benchmarks import drafting, edge, link, prefix, rivals
+from tests.benchmarks import drafting, edge, interference, link, prefix, rivals
 from tests.benchmarks.ratios import show
 
 SUITES = {
     "edge": edge.measure, "link": link.measure, "engine": rivals.measure, "drafting": drafting.measure,
-    "prefix": prefix.measure,
+    "prefix": prefix.measure, "interference": interference.measure,
 }  # fmt: skip
 
 

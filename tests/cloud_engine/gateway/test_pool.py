@@ -31,6 +31,8 @@ from shared.errors import (
 from shared.guard import Guard
 from shared.schemas import ChatRequest, Delta, Sampling
 
+PATIENT = Timeouts(60, 60, 60)
+"""Nothing here waits for a time to pass, and the machine may be busy."""
 BREAKER = Breaker(consecutive_failures=2, cool_down_s=10, max_cool_down_s=40)
 
 
@@ -130,7 +132,7 @@ class TestAnotherMember:
     async def test_of_whatever_it_answers(self, reply: bytes, code: str) -> None:
         """Alone, a faulty server is its typed error; beside a sound one it is not seen, unless the request was at fault
         or its first token was out."""
-        async with faulty(reply, timeouts=Timeouts(5, 5, 5)) as (bad, _), real(EchoAnswer("cloud")) as good:
+        async with faulty(reply, timeouts=PATIENT) as (bad, _), real(EchoAnswer("cloud")) as good:
             error = await error_of(Pool([bad]))
             assert error.code == code
             begun = reply.count(b'"one"') > 0
@@ -210,7 +212,7 @@ class TestHealth:
     async def test_a_member_known_to_be_down_is_asked_last(self) -> None:
         """Its own probe said so; if it is all there is, it may be back."""
         async with (
-            faulty(http(b"", "500 Internal Server Error"), timeouts=Timeouts(60, 60, 60)) as (down, stand_in),
+            faulty(http(b"", "500 Internal Server Error"), timeouts=PATIENT) as (down, stand_in),
             real(EchoAnswer("cloud")) as up,
         ):
             await down.watch()
@@ -266,7 +268,8 @@ async def test_a_real_second_engine_and_a_faulty_one(tiny_model: Path) -> None:
     gateway = Gateway(engine, engine.model_card(), keys=None, limits=TenantLimits(), guard=Guard(),
                       registry=CollectorRegistry())  # fmt: skip
     rng = random.Random(0)
-    async with served(gateway.app) as port, faulty(http(b"", "500 Internal Server Error")) as (bad, stand_in):
+    failing = faulty(http(b"", "500 Internal Server Error"), timeouts=PATIENT)
+    async with served(gateway.app) as port, failing as (bad, stand_in):
         good = Upstream(f"http://127.0.0.1:{port}/v1", "cloud", context_length=256)
         both = Pool([bad, good], breaker=BREAKER)
 

@@ -230,7 +230,7 @@ class TestFaultyServer:
     @pytest.mark.parametrize(("reply", "code"), FAULTS.values(), ids=FAULTS)
     async def test_whatever_it_answers_is_a_typed_error(self, reply: bytes, code: str) -> None:
         """At once, of the right kind, with nothing of what it wrote."""
-        async with faulty(reply, timeouts=Timeouts(5, 5, 5)) as (upstream, _):
+        async with faulty(reply, timeouts=Timeouts(60, 60, 60)) as (upstream, _):
             error = await failed(upstream)
             assert error.code == code
             assert error.retry_after == (9.0 if code == "rate_limited" else None)
