@@ -16,6 +16,28 @@ class CausewayOptions(msgspec.Struct, forbid_unknown_fields=True):
     deadline_s: float | None = None
 
 
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's field. Exactly one is given; `grammar` is in Lark's notation."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str = ""
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    json_schema: JsonSchema | None = None
+
+
 class CommonBody(msgspec.Struct, kw_only=True):
     model: str
     stream: bool = False
@@ -32,6 +54,11 @@ class CommonBody(msgspec.Struct, kw_only=True):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] = msgspec.field(default_factory=dict)
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
     causeway: CausewayOptions = msgspec.field(default_factory=CausewayOptions)
     service_tier: str = "auto"
     user: str = ""
@@ -72,12 +99,10 @@ NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
@@ -86,7 +111,6 @@ NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
 NEUTRAL_COMPLETION: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
-    "logit_bias": ({},),
     "suffix": ("",),
 }
 NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {

@@ -2,6 +2,7 @@
 
     CausewayError
     ├── BadRequest              400  the caller's input; `param` names the field
+    │   ├── UnsupportedParameter 400 it would change the answer, and is not implemented
     │   ├── UnknownModel        404
     │   ├── ContextTooLong      400
     │   ├── TooLarge            413
@@ -66,6 +67,12 @@ class CausewayError(Exception):
 
 class BadRequest(CausewayError):
     code, status = "bad_request", 400
+
+
+class UnsupportedParameter(BadRequest):
+    """A field that is defined and that would change the answer, but is not implemented here."""
+
+    code = "unsupported_parameter"
 
 
 class UnknownModel(BadRequest):

@@ -171,6 +171,8 @@ class _Reply:
             await self.fail(late if deadline.expired() else typed(error, self._source))
 
     async def fail(self, error: CausewayError) -> None:
+        if error.param == "grammar":
+            error.param = self._call.grammar_field
         if self._started:
             await self._write(error_event(error), more=False)
         else:

@@ -8,7 +8,8 @@
 - unimplemented: accepted with the value that OpenAI takes when it is left out, else UnsupportedParameter;
 - unknown: BadRequest.
 
-`null` means left out, as it does at OpenAI. Extensions: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, and
+`null` means left out, as it does at OpenAI. Extensions: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
+`min_tokens`, `stop_token_ids`, `structured_outputs` (vLLM's name for grammars), and
 `causeway: {"label": "edge_only", "deadline_s": 30}`. `service_tier` is `flex` for batch work, as OpenAI calls what may
 be slow; every other tier is interactive. It is known to `completions` too.
 """
@@ -32,8 +33,9 @@ from shared.bodies import (
     PartBody,
     StreamOptions,
 )
-from shared.errors import BadRequest
-from shared.schemas import LABELS, SEED_BITS, ChatRequest, Label, Message, Priority, Role, Sampling
+from shared.errors import BadRequest, UnsupportedParameter
+from shared.formats import read_grammar
+from shared.schemas import LABELS, MAX_LOGIT_BIAS, SEED_BITS, ChatRequest, Label, Message, Priority, Role, Sampling
 
 MAX_N = 8
 COMPLETION_MAX_TOKENS = 16
@@ -57,12 +59,6 @@ _TIERS: Mapping[str, Priority] = {
 }
 
 
-class UnsupportedParameter(BadRequest):
-    """OpenAI defines it, we do not implement it, and it would change the answer."""
-
-    code = "unsupported_parameter"
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """One HTTP body: `requests` has one entry a choice, in the order of their index."""
@@ -71,6 +67,8 @@ class Call:
     requests: tuple[ChatRequest, ...]
     stream: bool
     include_usage: bool
+    grammar_field: str = "response_format"
+    """Where the body has its grammar, so that an error can name what the client wrote."""
 
     @property
     def model(self) -> str:
@@ -138,6 +136,7 @@ def _call(
             messages=messages,
             prompt=prompt,
             sampling=sampling,
+            grammar=read_grammar(body.response_format, body.structured_outputs),
             label=_stricter(_label(body.causeway.label, "causeway.label"), _label(label or "free", "x-causeway-label")),
             priority=_priority(body.service_tier),
             deadline_s=body.causeway.deadline_s,
@@ -146,7 +145,13 @@ def _call(
         error.param = {"deadline_s": "causeway.deadline_s"}.get(error.param or "", error.param)
         raise
     options = body.stream_options or StreamOptions()
-    return Call(kind=kind, requests=_fan_out(one, body.n), stream=body.stream, include_usage=options.include_usage)
+    return Call(
+        kind=kind,
+        requests=_fan_out(one, body.n),
+        stream=body.stream,
+        include_usage=options.include_usage,
+        grammar_field="response_format" if body.structured_outputs is None else "structured_outputs",
+    )
 
 
 def _fan_out(one: ChatRequest, n: int) -> tuple[ChatRequest, ...]:
@@ -184,10 +189,20 @@ def _sampling(
             stop=stop,
             logprobs=logprobs,
             ignore_eos=body.ignore_eos,
+            min_tokens=body.min_tokens,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            logit_bias=_biases(body.logit_bias),
         )
     except BadRequest as error:
         error.param = renamed.get(error.param or "", error.param)
         raise
+
+
+def _biases(raw: Mapping[str, float]) -> dict[int, float]:
+    """JSON's keys are strings; a token's id has no other spelling than its decimal one."""
+    if len(raw) > MAX_LOGIT_BIAS or not all(key.isascii() and key.isdecimal() and len(key) < 9 for key in raw):
+        raise BadRequest(f"logit_bias must map at most {MAX_LOGIT_BIAS} token ids to numbers", param="logit_bias")
+    return {int(key): float(bias) for key, bias in raw.items()}
 
 
 def _message(raw: dict[str, Any], where: str) -> Message:

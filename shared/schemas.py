@@ -10,10 +10,12 @@ from typing import Final, Literal, Protocol
 import msgspec
 
 from shared.errors import BadRequest
+from shared.grammars import check_lark, check_regex, check_schema
 
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Target = Literal["edge", "cloud"]
+Syntax = Literal["json_schema", "regex", "lark"]
 Label = Literal["free", "redact", "edge_only"]
 """`redact`: only with its personal data and secrets replaced may this request leave the device; such a copy is free.
 `edge_only`: not one byte of it may. Nothing but what is free is ever put on the wire."""
@@ -25,9 +27,12 @@ Priority = Literal["interactive", "batch"]
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
+MAX_STOP_TOKENS = 16
+MAX_LOGIT_BIAS = 300
 MAX_MESSAGES = 4096
 MAX_OUTPUT_TOKENS = 1 << 20
 MAX_DEADLINE_S = 86_400.0
+MAX_TOKEN_ID = 1 << 24
 SEED_BITS = 63
 
 
@@ -45,10 +50,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How the next token is picked. Applied in this order: penalties, temperature, top-k, top-p, min-p.
+    """How the next token is picked. Applied in this order: penalties, bias, temperature, top-k, top-p, min-p.
 
     `temperature` 0 means greedy: the argmax of the raw logits (after penalties). `top_k` 0, `top_p` 1 and `min_p` 0 are
     off. `logprobs` None is off, k >= 0 asks for each chosen token's log probability and the k likeliest alternatives.
+    `logit_bias` is what each token's logit is raised by. No end token is drawn before `min_tokens`; those of
+    `stop_token_ids` end the answer like the model's own, whatever `ignore_eos` says.
     """
 
     temperature: float = 1.0
@@ -63,6 +70,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: dict[int, float] = {}
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, 0, 2)
@@ -75,10 +85,36 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _in_range("seed", self.seed, -(1 << SEED_BITS), (1 << SEED_BITS) - 1)
         _in_range("max_tokens", self.max_tokens, 1, MAX_OUTPUT_TOKENS)
         _in_range("top_logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        _in_range("min_tokens", self.min_tokens, 0, self.max_tokens or MAX_OUTPUT_TOKENS)
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise BadRequest(f"at most {MAX_STOP_TOKENS} stop tokens", param="stop_token_ids")
+        for token in self.stop_token_ids:
+            _in_range("stop_token_ids", token, 0, MAX_TOKEN_ID)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise BadRequest(f"at most {MAX_LOGIT_BIAS} tokens with a bias", param="logit_bias")
+        for token, bias in self.logit_bias.items():
+            _in_range("logit_bias", token, 0, MAX_TOKEN_ID)
+            _in_range("logit_bias", bias, -100, 100)
         if len(self.stop) > MAX_STOPS:
             raise BadRequest(f"at most {MAX_STOPS} stop strings, got {len(self.stop)}", param="stop")
         if any(not 0 < len(text) <= MAX_STOP_CHARS for text in self.stop):
             raise BadRequest(f"each stop string must have 1 to {MAX_STOP_CHARS} characters", param="stop")
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an answer must look like, from first character to last: `text` is a JSON Schema, a regular expression or a
+    Lark grammar. Limits and refusals: `shared.grammars`."""
+
+    syntax: Syntax
+    text: str
+
+    def __post_init__(self) -> None:
+        check = {"json_schema": check_schema, "regex": check_regex, "lark": check_lark}[self.syntax]
+        try:
+            check(self.text)
+        except BadRequest as error:
+            error.param = "grammar"
+            raise
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -94,6 +130,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
     sampling: Sampling = Sampling()
+    grammar: Grammar | None = None
     label: Label = "free"
     priority: Priority = "interactive"
     deadline_s: float | None = None

@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import grammar_bombs
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MODEL = "auto"
 """A model every surface under test must know."""
@@ -64,14 +66,13 @@ _NUMBERS = {
     "presence_penalty": ("-2.1", "2.1", "true"),
     "frequency_penalty": ("-2.1", "1e309", '"0"'),
     "repetition_penalty": ("0", "-1", "11"),
+    "min_tokens": ("-1", "2147483648", "true"),
 }
 
 _UNSUPPORTED: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "functions": [{"name": "f"}],
     "tool_choice": "required",
-    "response_format": {"type": "json_object"},
-    "logit_bias": {"50256": -100},
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy", "format": "wav"},
     "prediction": {"type": "content", "content": "x"},
@@ -133,6 +134,18 @@ BODIES: tuple[Body, ...] = (
     ),
     Body("text part without text", _message(role="user", content=[{"type": "text"}]), "messages[0].content[0].text"),
     Body("10^5 stop strings", chat(stop=["x"] * 100_000), "stop"),
+    *(
+        Body(f"grammar: {name}", chat(**fields), param)
+        for name, param, fields in grammar_bombs.ALL
+        if "10 MB" not in name
+    ),
+    Body("10^6 biases", chat(logit_bias={str(token): 1 for token in range(100_000)}), "logit_bias"),
+    Body("bias of a word", chat(logit_bias={"hello": 1}), "logit_bias"),
+    Body("bias too high", chat(logit_bias={"1": 101}), "logit_bias"),
+    Body("bias a word", chat(logit_bias={"1": "x"}), "logit_bias[...]"),
+    Body("10^5 stop tokens", chat(stop_token_ids=[1] * 100_000), "stop_token_ids"),
+    Body("stop token below zero", chat(stop_token_ids=[-1]), "stop_token_ids"),
+    Body("min_tokens over max_tokens", chat(min_tokens=9, max_tokens=8), "min_tokens"),
     Body("17 stop strings", chat(stop=["x"] * 17), "stop"),
     Body("empty stop string", chat(stop=""), "stop"),
     Body("huge stop string", chat(stop="x" * 10_000), "stop"),

@@ -22,6 +22,10 @@ class Draw:
     num_prompt: int
     draft: tuple[int, ...] = ()
     guess: tuple[int, Odds] | None = None
+    barred: tuple[int, ...] = ()
+    """Tokens that may not be drawn."""
+    mask: bytes | None = None
+    """Those that may, if not all may: bit i % 8 of byte i // 8."""
 
     @property
     def seen(self) -> list[int]:

@@ -17,7 +17,7 @@ from cloud_engine.engine.draw import has_penalty
 from cloud_engine.engine.executor import Executor
 from cloud_engine.engine.sampler import Sampled
 from cloud_engine.engine.scheduler import Scheduler, Work
-from cloud_engine.engine.sequence import Ending, Sequence, Verified
+from cloud_engine.engine.sequence import Ending, Guide, Sequence, Verified
 from cloud_engine.engine.verify import Verifier, kept
 from shared.errors import BadRequest
 from shared.schemas import Priority, Sampling
@@ -105,15 +105,21 @@ class Engine:
         priority: Priority = "interactive",
         deadline: float = math.inf,
         drafted: bool = False,
+        guide: Guide | None = None,
     ) -> Sequence:
         """Queue a request. Raises BadRequest, ContextTooLong, DeadlineExceeded, Overloaded or RequestConflict; then
         nothing has changed. `salt` is its tenant: only requests of the same one share cached prefixes, and tenants take
         turns. `deadline` is a time of `clock`. A `drafted` request stands still after its first token until `verify`
-        brings a draft."""
+        brings a draft. `guide` is this answer's own, at its beginning; it cannot follow a draft."""
+        if drafted and guide is not None:
+            raise BadRequest("a request with a grammar cannot be drafted elsewhere", param="grammar")
         if not tokens:
             raise BadRequest("the prompt has no tokens", param="prompt")
         if not all(0 <= token < self.vocab_size for token in tokens):
             raise BadRequest(f"a token id is outside 0 to {self.vocab_size - 1}", param="prompt")
+        for param, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if any(token >= self.vocab_size for token in ids):
+                raise BadRequest(f"a token id is outside 0 to {self.vocab_size - 1}", param=param)
         sequence = Sequence(
             id=sequence_id,
             tokens=list(tokens),
@@ -125,8 +131,9 @@ class Engine:
             tenant=salt,
             priority=priority,
             deadline=deadline,
-            waits=has_penalty(sampling) or drafted,
+            waits=has_penalty(sampling) or drafted or guide is not None,
             drafted=drafted,
+            guide=guide,
         )
         self.scheduler.add(sequence, self.clock())
         return sequence

@@ -1,8 +1,9 @@
 """The next token of each sequence, from its row of logits.
 
-Order: penalties, temperature, top-k, top-p, min-p, draw. Greedy is the argmax of the penalised logits (of equal ones
-the lowest id), not a small temperature. A draw depends on the sequence's seed and the token's position alone, never on
-the batch around it or on what was drawn before: a seed gives the same text when batches change or work is redone.
+Order: penalties, biases, what may not be drawn at all, temperature, top-k, top-p, min-p, draw. Greedy is the argmax of
+the logits before the temperature (of equal ones the lowest id), not a small temperature. A draw depends on the
+sequence's seed and the token's position alone, never on the batch around it or on what was drawn before: a seed gives
+the same text when batches change or work is redone.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cloud_engine.engine.draw import Draw, has_penalty
@@ -46,7 +48,7 @@ def sample(logits: Tensor, draws: List[Draw]) -> list[Sampled]:
 def choose(logits: Tensor, draws: List[Draw]) -> tuple[Tensor, Tensor]:
     """The tokens [n], and the report [n, w] (float64) that `read` takes: all that the host wants to know in one tensor.
     Nothing here waits for the device: all rows at once, and what depends on settings is decided on the host."""
-    logits = _penalised(logits.float(), draws)
+    logits = _permitted(_biased(_penalised(logits.float(), draws), draws), draws)
     best, tokens = logits.max(dim=-1)
     drawn = [index for index, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if len(drawn) == len(draws) > 0:
@@ -118,6 +120,31 @@ def _counts(tokens: List[List[int]], like: Tensor) -> Tensor:
     present = torch.arange(longest, device=like.device) < _column([len(row) for row in tokens], like)
     places = stage(padded, torch.int64, like.device).view(len(tokens), longest)
     return torch.zeros_like(like).scatter_add_(1, places, present.to(like.dtype))
+
+
+def _biased(logits: Tensor, draws: List[Draw]) -> Tensor:
+    """With each draw's `logit_bias` added, and minus infinity to what it bars."""
+    changes = [(row, *item) for row, draw in enumerate(draws) for item in draw.sampling.logit_bias.items()]
+    changes += [(row, token, -math.inf) for row, draw in enumerate(draws) for token in draw.barred]
+    if not changes:
+        return logits
+    rows, tokens, values = zip(*changes, strict=True)
+    places = tuple(stage(list(part), torch.int64, logits.device) for part in (rows, tokens))
+    return logits.index_put(places, stage(list(values), logits.dtype, logits.device), accumulate=True)
+
+
+def _permitted(logits: Tensor, draws: List[Draw]) -> Tensor:
+    """Minus infinity where a mask has no bit, or ends: a vocabulary may be padded."""
+    masks = {row: draw.mask for row, draw in enumerate(draws) if draw.mask is not None}
+    if not masks:
+        return logits
+    whole = torch.frombuffer(bytearray(b"".join(masks.values())), dtype=torch.uint8)
+    packed = whole.view(len(masks), -1).to(logits.device, non_blocking=True)
+    bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
+    allowed = bits.flatten(1).bool()[:, : logits.shape[-1]]
+    allowed = F.pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]))
+    rows = _rows(list(masks), logits)
+    return logits.index_copy(0, rows, logits.index_select(0, rows).masked_fill(~allowed, -math.inf))
 
 
 def _draw(logits: Tensor, draws: List[Draw]) -> Tensor:

@@ -63,6 +63,7 @@ class Work:
         """How the tokens after these are drawn, one for each row of logits that is wanted."""
         sequence, end = self.sequence, self.start + self.count
         guesses = [*zip(self.draft, self.odds, strict=False)]  # odds for all of a draft, or for none
+        mask = sequence.guide.mask() if sequence.guide is not None and self.samples else None
         return [
             Draw(
                 sequence.sampling,
@@ -72,6 +73,8 @@ class Work:
                 sequence.num_prompt,
                 self.draft[:right],
                 guesses[right] if right < len(guesses) else None,
+                sequence.barred(end + right - sequence.num_prompt),
+                mask,
             )
             for right in range(self.samples + len(self.draft))
         ]
@@ -310,7 +313,7 @@ class Scheduler:
         """The part of a draft that is checked if `count` tokens are computed: what can be output still, within rows
         and blocks that nobody else needs."""
         length = sequence.num_tokens
-        if not sequence.draft or sequence.num_computed + count != length:
+        if not sequence.draft or sequence.guide is not None or sequence.num_computed + count != length:
             return ()
         draft = sequence.draft[: max(0, min(spare, sequence.max_tokens - sequence.num_output - 1))]
         table = sequence.block_table

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Literal, Protocol
 
 from cloud_engine.engine.blocks import chain_hash
 from cloud_engine.engine.draw import Odds
@@ -11,6 +11,16 @@ from cloud_engine.engine.lookup import Lookup
 from shared.schemas import Priority, Sampling
 
 Ending = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+class Guide(Protocol):
+    """What an answer must look like, as far as it has come: see `cloud_engine.engine.grammar`."""
+
+    def mask(self) -> bytes:
+        """The tokens that may come next, bit i % 8 of byte i // 8."""
+
+    def take(self, token: int) -> bool:
+        """This one came; says whether nothing may follow it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ class Sequence:
     priority: Priority = "interactive"
     deadline: float = math.inf
     """When, by the engine's clock, an answer is of no use any more."""
+    guide: Guide | None = None
+    """Told of each token once, when it is appended. A sequence that has one is never given a draft."""
 
     num_prompt: int = field(init=False)
     num_computed: int = 0
@@ -125,10 +137,19 @@ class Sequence:
             self.block_hashes.append(chain_hash(parent, self.tokens[start : start + block_size]))
         return self.block_hashes[:count]
 
+    def barred(self, index: int) -> tuple[int, ...]:
+        """Tokens that may not be the output's token of this index: ends, before `min_tokens`. A grammar knows itself
+        where it may end."""
+        if index >= self.sampling.min_tokens or self.guide is not None:
+            return ()
+        return (*self.stop_ids, *self.sampling.stop_token_ids)
+
     def append(self, token: int) -> Ending | None:
         """Take a sampled token; say whether it ended the sequence."""
         self.tokens.append(token)
-        if token in self.stop_ids and not self.sampling.ignore_eos:
+        if self.guide is not None and self.guide.take(token):
+            return "stop"
+        if token in self.sampling.stop_token_ids or (token in self.stop_ids and not self.sampling.ignore_eos):
             return "stop"
         return "length" if self.num_output >= self.max_tokens else None
 

@@ -19,14 +19,25 @@ from pathlib import Path
 from cloud_engine.engine.build import build
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine, EngineStats, Output
+from cloud_engine.engine.grammar import GrammarCompiler, Guide
 from cloud_engine.engine.places import Places
 from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.stream import TextStream
 from cloud_engine.model.tokenizer import Tokenizer
-from shared.errors import CausewayError, ContextTooLong, DeadlineExceeded, Internal, Overloaded, UpstreamFailed
-from shared.schemas import ChatRequest, Delta, ModelCard
+from shared.errors import (
+    BadRequest,
+    CausewayError,
+    ContextTooLong,
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    UpstreamFailed,
+)
+from shared.schemas import ChatRequest, Delta, Grammar, ModelCard
 
 ENCODE_TIMEOUT_S = 20.0
+GRAMMAR_TIMEOUT_S = 30.0
+MAX_COMPILING = 32
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -41,6 +52,7 @@ class _Live:
     salt: str
     deadline: float
     text: TextStream
+    guide: Guide | None
     deltas: asyncio.Queue[Delta | CausewayError] = field(default_factory=asyncio.Queue)
 
 
@@ -54,6 +66,9 @@ class EngineAnswer:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._encoding, self._arrivals = Places(engine.config.max_waiting), Places(engine.config.max_waiting)
+        self._grammars = GrammarCompiler(tokenizer.to_json(), tokenizer.stop_ids)
+        self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._compiling = 0
         self._ids = itertools.count()
         self._wake = threading.Condition()
         self._arriving: deque[_Live] = deque()
@@ -82,6 +97,8 @@ class EngineAnswer:
         else:
             self._engine.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
@@ -102,8 +119,9 @@ class EngineAnswer:
         turns."""
         deadline = self._engine.clock() + (math.inf if request.deadline_s is None else request.deadline_s)
         tokens = await self._encode(request, salt)
+        guide = None if request.grammar is None else await self._guide(request.grammar)
         text = TextStream(self._tokenizer, request.sampling, len(tokens))
-        live = _Live(str(next(self._ids)), request, tokens, salt, deadline, text)
+        live = _Live(str(next(self._ids)), request, tokens, salt, deadline, text, guide)
         self._submit(live)
         try:
             while True:
@@ -142,6 +160,20 @@ class EngineAnswer:
         if request.prompt is not None:
             return self._tokenizer.encode(request.prompt)
         return self._tokenizer.encode_chat(request.messages)
+
+    async def _guide(self, grammar: Grammar) -> Guide:
+        """Compile off the loop and off the engine's thread, one at a time, with limits like those of `_encode`."""
+        if self._compiling >= MAX_COMPILING:
+            raise Overloaded(f"{self._compiling} grammars are waiting to be compiled", retry_after=1.0)
+        self._compiling += 1
+        try:
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(GRAMMAR_TIMEOUT_S):
+                return await loop.run_in_executor(self._compiler, self._grammars.guide, grammar)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the grammar was not compiled in {GRAMMAR_TIMEOUT_S:.0f} s") from error
+        finally:
+            self._compiling -= 1
 
     def _submit(self, live: _Live) -> None:
         with self._wake:
@@ -208,6 +240,8 @@ class EngineAnswer:
             return None  # a stop string ended it within the tokens of this very step
         if output.ending == "error":
             del self._live[live.id]
+            if live.guide is not None and live.guide.failed:
+                return live, BadRequest("the grammar has too many states to follow this answer", param="grammar")
             return live, Internal("the model gave no usable probabilities for this request")
         delta = live.text.push(output.sampled, output.ending, output.sequence.num_cached)
         if live.text.stopped:
@@ -225,6 +259,7 @@ class EngineAnswer:
                 salt=live.salt,
                 priority=live.request.priority,
                 deadline=live.deadline,
+                guide=live.guide,
             )
         except CausewayError as error:
             self._deliver([(live, error)])

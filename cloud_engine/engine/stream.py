@@ -14,7 +14,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
         self._scanner = StopScanner(sampling.stop)
-        self._hidden = frozenset[int]() if sampling.ignore_eos else tokenizer.stop_ids
+        self._hidden = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else tokenizer.stop_ids)}
         self._prompt_tokens = prompt_tokens
         self._pending = self._total = 0
         self._logprobs: list[TokenLogprob] = []

@@ -12,9 +12,10 @@ from msgspec import Meta, Struct
 
 from cloud_engine.gateway.refusals import broken_off
 from shared.errors import BadRequest, UpstreamFailed
+from shared.formats import ANY_OBJECT
 from shared.openai import COMPLETION_MAX_TOKENS
 from shared.replies import NO_LOGPROB
-from shared.schemas import ChatRequest, Delta, FinishReason, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.schemas import ChatRequest, Delta, FinishReason, Grammar, Sampling, TokenLogprob, TopLogprob, Usage
 from shared.stops import StopScanner
 
 DONE = b"[DONE]"
@@ -46,6 +47,7 @@ def fields_of(request: ChatRequest, model: str, context_length: int) -> dict[str
         "temperature": sampling.temperature,
         **_set(sampling),
         **({"service_tier": "flex"} if request.priority == "batch" else {}),
+        **_grammar(request.grammar),
     }
     if request.prompt is None:
         messages = [{"role": one.role, "content": one.content, "name": one.name} for one in request.messages]
@@ -63,11 +65,32 @@ def fields_of(request: ChatRequest, model: str, context_length: int) -> dict[str
     return fields
 
 
+def _grammar(grammar: Grammar | None) -> dict[str, Any]:
+    """A schema by OpenAI's field, which most servers know; the others by vLLM's."""
+    if grammar is None:
+        return {}
+    if grammar.syntax != "json_schema":
+        return {"structured_outputs": {"regex" if grammar.syntax == "regex" else "grammar": grammar.text}}
+    if grammar.text == ANY_OBJECT:
+        return {"response_format": {"type": "json_object"}}
+    schema = {"name": "answer", "schema": msgspec.json.decode(grammar.text), "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
 def _set(sampling: Sampling) -> dict[str, Any]:
     """What differs from the default; each default is also what a server does without the field."""
-    names = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
+    names: tuple[str, ...] = (
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+    )
     neutral = Sampling()
-    values = {name: getattr(sampling, name) for name in (*names, "max_tokens", "stop", "ignore_eos")}
+    names += ("max_tokens", "stop", "ignore_eos", "min_tokens", "stop_token_ids", "logit_bias")
+    values = {name: getattr(sampling, name) for name in names}
     return {name: value for name, value in values.items() if value != getattr(neutral, name)}
 
 

@@ -49,6 +49,10 @@ class Tokenizer:
             raise BadRequest("the model's chat template does not accept these messages", param="messages") from error
         return list(self._inner.encode(text, add_special_tokens=False))
 
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds: all that another library needs to know of the vocabulary."""
+        return str(self._inner.backend_tokenizer.to_str())
+
     def least_tokens(self, characters: int) -> int:
         """A lower bound, without work, on the tokens that so many characters of text make."""
         return characters // self._longest

@@ -18,7 +18,14 @@ from edge_agent.backends.sampling import Ids, Sampler
 from edge_agent.backends.template import ChatTemplate
 from edge_agent.backends.text import TextStream
 from edge_agent.backends.worker import Worker
-from shared.errors import BadRequest, CausewayError, ContextTooLong, Overloaded, UpstreamFailed
+from shared.errors import (
+    BadRequest,
+    CausewayError,
+    ContextTooLong,
+    Overloaded,
+    UnsupportedParameter,
+    UpstreamFailed,
+)
 from shared.models import model_name
 from shared.schemas import SEED_BITS, ChatRequest, Delta, ModelCard
 
@@ -136,6 +143,7 @@ class LlamaBackend:
             raise UpstreamFailed(f"templating the prompt took more than {PROMPT_S:g} s", source="edge") from None
 
     def _tokenize(self, native: Native, request: ChatRequest) -> Ids:
+        _refuse_unsupported(request)
         text, special = request.prompt, True
         if text is None:
             if self._template is None:
@@ -193,6 +201,19 @@ class LlamaBackend:
             self._ready.set_exception(result)
         else:
             self._ready.set_result(result)
+
+
+def _refuse_unsupported(request: ChatRequest) -> None:
+    """What would change the answer and is not done on this side is refused by name."""
+    sampling = request.sampling
+    asked = {
+        "grammar": request.grammar is not None,
+        "logit_bias": bool(sampling.logit_bias),
+        "min_tokens": bool(sampling.min_tokens),
+        "stop_token_ids": bool(sampling.stop_token_ids),
+    }
+    for name in (name for name, given in asked.items() if given):
+        raise UnsupportedParameter(f"the model on this device knows no {name}", param=name, source="edge")
 
 
 def _deliver(events: list[Event]) -> None:

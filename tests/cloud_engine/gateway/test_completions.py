@@ -7,7 +7,7 @@ import pytest
 from cloud_engine.gateway.completions import ChunkReader, fields_of, path_of
 from shared.errors import BadRequest, RateLimited, UpstreamFailed
 from shared.replies import error_object
-from shared.schemas import ChatRequest, Delta, Message, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.schemas import ChatRequest, Delta, Grammar, Message, Sampling, TokenLogprob, TopLogprob, Usage
 
 MESSAGES = (Message(role="system", content="Be brief."), Message(role="user", content="Hi", name="bo"))
 
@@ -57,10 +57,36 @@ def test_every_sampling_field_is_sent_when_set() -> None:
         "max_tokens": 7,
         "stop": ("a", "b"),
         "ignore_eos": True,
+        "min_tokens": 3,
+        "stop_token_ids": (5,),
+        "logit_bias": {7: -1.5},
     }
     assert set(sampling) | {"logprobs"} == set(Sampling.__struct_fields__)
     assert sampling.items() <= fields_of(chat(**sampling), "m", 100).items()
     assert sampling.items() <= fields_of(completion(**sampling), "m", 100).items()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "sent"),
+    [
+        (
+            Grammar(syntax="json_schema", text='{"type":"null"}'),
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "answer", "schema": {"type": "null"}, "strict": True},
+                }
+            },
+        ),
+        (Grammar(syntax="json_schema", text='{"type":"object"}'), {"response_format": {"type": "json_object"}}),
+        (Grammar(syntax="regex", text="a+"), {"structured_outputs": {"regex": "a+"}}),
+        (Grammar(syntax="lark", text="start: /a/"), {"structured_outputs": {"grammar": "start: /a/"}}),
+    ],
+)
+def test_a_grammar_is_passed_on(grammar: Grammar, sent: dict[str, Any]) -> None:
+    """Schemas in OpenAI's form, which most servers know; the rest in vLLM's."""
+    request = ChatRequest(id="r", model="m", messages=MESSAGES, grammar=grammar)
+    assert sent.items() <= fields_of(request, "m", 100).items()
 
 
 @pytest.mark.parametrize("top", [0, 3])

@@ -1,0 +1,184 @@
+"""Grammars: which tokens may come next. Compiled on a thread of their own, tried out in a process that can be killed.
+
+A `Guide` follows one answer: it is told each token that was taken and gives the mask for the next. What it knows
+follows from the output tokens alone, so preemption does not touch it. llguidance does the work: it computes masks as
+they are needed, from derivatives and an Earley parser, so a grammar costs little before it is used; its limits bound
+each step. A first trial in another process bounds what its limits do not.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from cloud_engine.engine import grammar_trial
+from shared.errors import BadRequest, Overloaded
+from shared.schemas import Grammar
+
+MAX_COMPILED = 64
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 1000,
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 10_000,
+    "max_grammar_size": 50_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
+START_S = 60.0
+TRIAL_S = 10.0
+"""Of wall time, after which a trial is killed: generous, since the machine may be busy."""
+
+
+class Guide:
+    """One answer's place in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    @property
+    def failed(self) -> bool:
+        """A limit was met: no token may follow, though the answer is not complete."""
+        return bool(self._matcher.is_error())
+
+    def mask(self) -> bytes:
+        """The tokens that may come next: bit i % 8 of byte i // 8. Nothing after an error."""
+        mask: bytes = self._matcher.compute_bitmask()
+        return bytes(len(mask)) if self.failed else mask
+
+    def take(self, token: int) -> bool:
+        """The token was drawn; says whether the answer is complete, so that nothing else may follow."""
+        self._matcher.consume_token(token)
+        return bool(self._matcher.is_stopped()) and not self.failed
+
+
+class GrammarCompiler:
+    """Grammar to Guide, remembering the latest. Owned by one thread. `tokenizer` is tokenizer.json as text."""
+
+    def __init__(self, tokenizer: str, ends: Iterable[int], *, trial_s: float = TRIAL_S) -> None:
+        self._json, self._ends = tokenizer, sorted(ends)
+        self._trial = _Trial(json.dumps({"tokenizer": tokenizer, "ends": self._ends, "limits": LIMITS}), trial_s)
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+
+    @property
+    def trials(self) -> int:
+        """Grammars tried out since the start."""
+        return self._trial.count
+
+    @property
+    def remembered(self) -> int:
+        return len(self._compiled)
+
+    def guide(self, grammar: Grammar) -> Guide:
+        """Raises BadRequest for what cannot be compiled within the limits; Overloaded if no trial can be held."""
+        matcher = self._compiled.get(grammar) or self._compile(grammar)
+        self._compiled[grammar] = matcher
+        self._compiled.move_to_end(grammar)
+        if len(self._compiled) > MAX_COMPILED:
+            self._compiled.popitem(last=False)
+        return Guide(matcher.deep_copy())
+
+    def close(self) -> None:
+        self._trial.kill()
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        source = _source(grammar)
+        wrong = self._trial.run(source)
+        if not wrong:
+            self._tokenizer = self._tokenizer or LLTokenizer(self._json, eos_token=self._ends)
+            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS))
+            if not matcher.is_error():
+                return matcher
+            wrong = "it is too complex"
+        raise BadRequest(f"the grammar cannot be used: {_printable(wrong)}", param="grammar", source="cloud")
+
+
+class _Trial:
+    """The process that tries grammars out. It is started when first needed, and again after it had to be killed."""
+
+    def __init__(self, first: str, limit_s: float) -> None:
+        self.count = 0
+        self._first, self._limit_s = first, limit_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, source: str) -> str:
+        """What is wrong with a grammar, or nothing."""
+        self.count += 1
+        process, limit_s = self._process, self._limit_s
+        if process is None or process.poll() is not None:
+            process, limit_s = self._start(), START_S + self._limit_s
+        try:
+            reply = _asked(process, source, limit_s)
+        except OSError:
+            reply = None
+        if reply is None:
+            self.kill()
+            return "trying it out took too much time or memory"
+        return reply
+
+    def kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with process:
+                process.wait()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        self.kill()
+        command = [sys.executable, "-I", str(Path(grammar_trial.__file__))]
+        environment = {
+            name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ
+        }
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            )
+            self._process = process
+            _tell(process, self._first)
+            if _asked(process, "start: /a/", START_S) != "":
+                raise OSError("no trial could be held")
+        except OSError as error:
+            self.kill()
+            raise Overloaded("grammars cannot be tried out now", source="cloud", retry_after=5.0) from error
+        return process
+
+
+def _tell(process: "subprocess.Popen[bytes]", line: str) -> None:
+    if process.stdin is None:
+        raise OSError("no pipe")
+    process.stdin.write(line.encode() + b"\n")
+    process.stdin.flush()
+
+
+def _asked(process: "subprocess.Popen[bytes]", source: str, limit_s: float) -> str | None:
+    """The reply to one grammar; None if there is none in time."""
+    _tell(process, json.dumps(source))
+    if process.stdout is None:
+        return None
+    ready, _, _ = select.select([process.stdout], [], [], limit_s)
+    line = process.stdout.readline() if ready else b""
+    return line.decode(errors="replace").strip() if line.endswith(b"\n") else None
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar as llguidance reads it."""
+    if grammar.syntax == "json_schema":
+        source = LLMatcher.grammar_from_json_schema(grammar.text, overrides={"lenient": False})
+    elif grammar.syntax == "regex":
+        source = LLMatcher.grammar_from_regex(grammar.text)
+    else:
+        source = LLMatcher.grammar_from_lark(grammar.text)
+    return str(source)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() and char.isascii() else "?" for char in text[:200])
