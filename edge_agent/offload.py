@@ -70,6 +70,8 @@ class Offload:
     def _redacted(self, request: ChatRequest, policy: Policy) -> tuple[ChatRequest, Restorer | None]:
         if request.label != "redact":
             return request, None
+        if request.calling:
+            raise PolicyDenied("calls of tools are not given their originals back, so it stays here", source="edge")
         try:
             request, redaction = redacted(request, policy.privacy.detector, self._secret)
         except Exception as error:  # whatever broke, what was not looked through does not leave

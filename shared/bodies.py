@@ -38,6 +38,52 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
     json_schema: JsonSchema | None = None
 
 
+class FunctionBody(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    function: FunctionBody | None = None
+
+
+class CalledBody(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class ToolCallBody(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+    function: CalledBody
+    type: str = "function"
+    index: int = 0
+
+
+class NamedBody(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class AllowedTool(msgspec.Struct, forbid_unknown_fields=True):
+    type: str
+    function: NamedBody | None = None
+
+
+class AllowedTools(msgspec.Struct, forbid_unknown_fields=True):
+    mode: str
+    tools: list[AllowedTool]
+
+
+class ToolChoiceBody(msgspec.Struct, forbid_unknown_fields=True):
+    """One function by name, or several that may be called."""
+
+    type: str
+    function: NamedBody | None = None
+    allowed_tools: AllowedTools | None = None
+
+
 class CommonBody(msgspec.Struct, kw_only=True):
     model: str
     stream: bool = False
@@ -75,7 +121,9 @@ class ChatBody(CommonBody, kw_only=True):
     prompt_cache_key: str = ""
     prompt_cache_retention: str = ""
     prompt_cache_options: dict[str, Any] | None = None
-    parallel_tool_calls: bool = True  # tools are refused, so there is nothing to run in parallel
+    parallel_tool_calls: bool = True
+    tools: list[ToolBody] = []
+    tool_choice: str | ToolChoiceBody = "auto"
 
 
 class CompletionBody(CommonBody, kw_only=True):
@@ -85,8 +133,10 @@ class CompletionBody(CommonBody, kw_only=True):
 
 class MessageBody(msgspec.Struct, kw_only=True):
     role: str
-    content: str | list[dict[str, Any]]
+    content: str | list[dict[str, Any]] | None = None
     name: str | None = None
+    tool_calls: list[ToolCallBody] = []
+    tool_call_id: str | None = None
 
 
 class PartBody(msgspec.Struct, kw_only=True):
@@ -103,8 +153,6 @@ NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -118,7 +166,5 @@ NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 NEUTRAL_PART: Mapping[str, tuple[Any, ...]] = {"file": (), "image_url": (), "input_audio": (), "refusal": ()}

@@ -13,13 +13,15 @@ from typing import Literal, NamedTuple, Protocol
 import msgspec
 
 from shared.errors import CausewayError, TooLarge
-from shared.frames import Data, End, Err, Limits
-from shared.schemas import Delta, ModelCard, Route, TokenLogprob, TopLogprob
+from shared.frames import Data, End, Err, Limits, output_bytes
+from shared.schemas import Delta, ModelCard, Route, TokenLogprob, ToolPiece, TopLogprob
 
 Outcome = Literal["running", "done", "error", "cancelled", "abandoned"]
 
 PIECE_BYTES = 4 << 10
 """Of text in one DATA frame: six times this, JSON's worst escape, and the logprobs still fit a frame."""
+CALL_BYTES = 256
+"""What a piece of a call takes beside its arguments, at most."""
 LOGPROB_BYTES = 24 << 10
 PIECE_DELTAS = 64
 NO_CHANCE = -9999.0
@@ -53,6 +55,7 @@ class _Piece(msgspec.Struct, frozen=True, array_like=True):
     text: str
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolPiece, ...] = ()
 
 
 class _Entry(NamedTuple):
@@ -118,11 +121,11 @@ class Execution:
         if self._end is not None:
             return
         self._route = delta.route or self._route
-        if delta.text or delta.tokens or delta.logprobs:
+        if delta.text or delta.tokens or delta.logprobs or delta.tool_calls:
             if not self._pending:
                 self._pending_since = now
             self._pending.append(delta)
-            self._pending_chars += len(delta.text)
+            self._pending_chars += len(delta.text) + sum(len(call.arguments) for call in delta.tool_calls)
         if delta.finish_reason is not None:
             self._finish_with(delta, now)
         elif not self._spoke or self._pending_chars >= PIECE_BYTES or len(self._pending) >= PIECE_DELTAS:
@@ -148,9 +151,10 @@ class Execution:
             return
         text = "".join(delta.text for delta in pending)
         logprobs = tuple(_sendable(entry) for delta in pending for entry in delta.logprobs)
-        self._spoke = self._spoke or bool(text or logprobs)
+        calls = tuple(piece for delta in pending for piece in delta.tool_calls)
+        self._spoke = self._spoke or bool(text or logprobs or calls)
         try:
-            for piece in _pieces(text, sum(delta.tokens for delta in pending), logprobs):
+            for piece in _pieces(text, sum(delta.tokens for delta in pending), logprobs, calls):
                 self._append(piece)
         except TooLarge as error:
             self._close(Err.of(error, sid=1, seq=len(self._log) + 1), "error", now)
@@ -182,7 +186,7 @@ class Execution:
                 return None
             entry = self._log[seq - 1]
             piece = _UNPACK.decode(entry.blob)
-            return Data(sid, seq, entry.off, piece.text, piece.tokens, piece.logprobs)
+            return Data(sid, seq, entry.off, piece.text, piece.tokens, piece.logprobs, piece.tool_calls)
         if self._end is None or seq > self.last_seq:
             return None
         return msgspec.structs.replace(self._end, sid=sid)
@@ -204,14 +208,14 @@ class Execution:
         return self._log[-1].total - (self._log[seen - 1].total if seen else 0)
 
     def _append(self, piece: _Piece) -> None:
-        blob, text = _PACK.encode(piece), piece.text.encode()
+        blob, output = _PACK.encode(piece), output_bytes(piece.text, piece.tool_calls)
         total = (self._log[-1].total if self._log else 0) + len(blob)
         limit = self._rules.limits.max_output
-        if self._bytes + len(text) > limit or total > 8 * limit:
+        if self._bytes + len(output) > limit or total > 8 * limit:
             raise TooLarge(f"answer over {limit} bytes")
         self._log.append(_Entry(self._bytes, total, blob))
-        self._bytes += len(text)
-        self._sha256.update(text)
+        self._bytes += len(output)
+        self._sha256.update(output)
 
     def _finish_with(self, last: Delta, now: float) -> None:
         self.flush(now)
@@ -255,13 +259,34 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else NO_CHANCE
 
 
-def _pieces(text: str, tokens: int, logprobs: tuple[TokenLogprob, ...]) -> list[_Piece]:
-    """Cut into frame-sized pieces; the first one carries the token count."""
+def _pieces(text: str, tokens: int, logprobs: tuple[TokenLogprob, ...], calls: tuple[ToolPiece, ...]) -> list[_Piece]:
+    """Cut into frame-sized pieces; the first one carries the token count. Calls come after the text."""
     texts, groups = _cut_text(text), _cut_logprobs(logprobs)
-    count = max(len(texts), len(groups), 1)
+    count = max(len(texts), len(groups), 0 if calls else 1)
     texts += [""] * (count - len(texts))
     groups += [()] * (count - len(groups))
-    return [_Piece(texts[i], tokens if i == 0 else 0, groups[i]) for i in range(count)]
+    pieces = [_Piece(texts[i], tokens if i == 0 else 0, groups[i]) for i in range(count)]
+    said = [_Piece("", 0, (), group) for group in _cut_calls(calls)]
+    if said and not pieces:
+        said[0] = _Piece("", tokens, (), said[0].tool_calls)
+    return pieces + said
+
+
+def _cut_calls(calls: tuple[ToolPiece, ...]) -> list[tuple[ToolPiece, ...]]:
+    """Pieces of one call after another are joined; arguments too long for a frame are cut."""
+    groups: list[list[ToolPiece]] = []
+    size = PIECE_BYTES
+    for call in calls:
+        texts = _cut_text(call.arguments) or [""]
+        for at, text in enumerate(texts):
+            piece = call if len(texts) == 1 else ToolPiece(call.index, text, *((call.id, call.name) if at == 0 else ()))
+            cost = len(text.encode()) + CALL_BYTES
+            if size + cost > PIECE_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(piece)
+            size += cost
+    return [tuple(group) for group in groups]
 
 
 def _cut_text(text: str) -> list[str]:

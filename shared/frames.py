@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, Self
 import msgspec
 
 from shared.errors import BadFrame, BadRequest, CausewayError, Source, TooLarge, UnsupportedVersion
-from shared.schemas import ChatRequest, FinishReason, ModelCard, Route, TokenLogprob, Usage
+from shared.schemas import ChatRequest, FinishReason, ModelCard, Route, TokenLogprob, ToolPiece, Usage
 
 PROTOCOL_VERSION: Final = 1
 WIRE_PATH: Final = "/v1/connect"
@@ -96,7 +96,7 @@ class Accept(_Frame, frozen=True):
 
 
 class Data(_Frame, frozen=True):
-    """A piece of output. `off` is where `text` starts in the whole output, in UTF-8 bytes."""
+    """A piece of output. `off` is where it starts in the whole output, in bytes as `output_bytes` makes them."""
 
     sid: Sid
     seq: Seq
@@ -104,6 +104,7 @@ class Data(_Frame, frozen=True):
     text: str
     tokens: Count
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolPiece, ...] = ()
 
 
 class Ack(_Frame, frozen=True):
@@ -120,7 +121,8 @@ class Cancel(_Frame, frozen=True):
 
 
 class End(_Frame, frozen=True):
-    """The answer is complete. Numbered and acknowledged like DATA; `sha256` is of the UTF-8 output."""
+    """The answer is complete. Numbered and acknowledged like DATA; `total_bytes` and `sha256` are of all output,
+    as `output_bytes` makes it."""
 
     sid: Sid
     seq: Seq
@@ -242,6 +244,11 @@ class Codec:
         if isinstance(frame, Hello) and not frame.vmin <= PROTOCOL_VERSION <= frame.vmax:
             raise UnsupportedVersion(f"only version {PROTOCOL_VERSION} is spoken here", param="version")
         return frame
+
+
+def output_bytes(text: str, tool_calls: tuple[ToolPiece, ...]) -> bytes:
+    """What a piece of output counts as: its text in UTF-8, then the pieces of its calls in msgpack, if any."""
+    return text.encode() + (_PACK.encode(tool_calls) if tool_calls else b"")
 
 
 _PACK = msgspec.msgpack.Encoder()

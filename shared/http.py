@@ -184,7 +184,7 @@ class _Reply:
         held = b""
         async for index, delta in deltas:
             held += chunks.push(index, delta)
-            if not self._started and not (delta.tokens or delta.text or delta.finish_reason):
+            if not self._started and not (delta.tokens or delta.text or delta.tool_calls or delta.finish_reason):
                 continue  # nothing of the answer yet: an error still can have its own status
             if not self._started:
                 await self._start(b"text/event-stream; charset=utf-8", delta.route, [(b"cache-control", b"no-cache")])

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from shared.asked_tools import ToolsAsked, read_calls, read_tools
 from shared.bodies import (
     NEUTRAL_CHAT,
     NEUTRAL_COMPLETION,
@@ -99,7 +100,7 @@ def parse_chat(body: bytes, *, request_id: str, label: str | None = None) -> Cal
     logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
     renamed = {"max_tokens": "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"}
     sampling = _sampling(chat, max_tokens=limits.pop() if limits else None, logprobs=logprobs, renamed=renamed)
-    return _call("chat", chat, sampling, request_id, label, messages=messages)
+    return _call("chat", chat, sampling, request_id, label, messages=messages, asked=read_tools(chat))
 
 
 def parse_completion(body: bytes, *, request_id: str, label: str | None = None) -> Call:
@@ -124,6 +125,7 @@ def _call(
     *,
     messages: tuple[Message, ...] = (),
     prompt: str | None = None,
+    asked: ToolsAsked | None = None,
 ) -> Call:
     if not 1 <= body.n <= MAX_N:
         raise BadRequest(f"n must be at least 1 and at most {MAX_N}", param="n")
@@ -136,13 +138,15 @@ def _call(
             messages=messages,
             prompt=prompt,
             sampling=sampling,
+            **({} if asked is None else asked._asdict()),
             grammar=read_grammar(body.response_format, body.structured_outputs),
             label=_stricter(_label(body.causeway.label, "causeway.label"), _label(label or "free", "x-causeway-label")),
             priority=_priority(body.service_tier),
             deadline_s=body.causeway.deadline_s,
         )
     except BadRequest as error:
-        error.param = {"deadline_s": "causeway.deadline_s"}.get(error.param or "", error.param)
+        where = "response_format" if body.structured_outputs is None else "structured_outputs"
+        error.param = {"deadline_s": "causeway.deadline_s", "grammar": where}.get(error.param or "", error.param)
         raise
     options = body.stream_options or StreamOptions()
     return Call(
@@ -211,9 +215,23 @@ def _message(raw: dict[str, Any], where: str) -> Message:
     if role is None:
         raise BadRequest(f"role must be one of {', '.join(_ROLES)}", param=f"{where}.role")
     content = message.content
+    if content is None:
+        if not message.tool_calls:
+            raise BadRequest("content is missing", param=f"{where}.content")
+        content = ""
     if not isinstance(content, str):
         content = "".join(_text(part, f"{where}.content[{at}]") for at, part in enumerate(content))
-    return Message(role=role, content=content, name=message.name)
+    try:
+        return Message(
+            role=role,
+            content=content,
+            name=message.name,
+            tool_calls=read_calls(message.tool_calls, where),
+            tool_call_id=message.tool_call_id,
+        )
+    except BadRequest as error:
+        error.param = f"{where}.tool_calls" if error.param == "tool_calls" else error.param
+        raise
 
 
 def _text(raw: dict[str, Any], where: str) -> str:

@@ -8,7 +8,7 @@ import msgspec
 
 from shared.errors import Cancelled, CausewayError, UpstreamFailed
 from shared.openai import Call, Kind
-from shared.schemas import Delta, FinishReason, ModelCard, Route, TokenLogprob, Usage
+from shared.schemas import Delta, FinishReason, ModelCard, Route, TokenLogprob, ToolPiece, Usage
 
 NO_LOGPROB = -9999.0
 """What OpenAI says for a probability of zero; JSON has no infinity."""
@@ -80,6 +80,9 @@ class Chunks:
         self._routes[index] = delta.route or self._routes[index]
         if delta.text or delta.logprobs:
             events += self._chunk(index, self._piece(index, delta))
+        if delta.tool_calls:
+            called = [_tool_piece(piece) for piece in delta.tool_calls]
+            events += self._chunk(index, {"delta": {"tool_calls": called}, "logprobs": None})
         if delta.finish_reason is not None:
             self._usages[index] = delta.usage or Usage(prompt_tokens=0, completion_tokens=0)
             events += self._finish(index, finish_reason(delta))
@@ -122,6 +125,7 @@ class Whole:
         self._wants_logprobs = call.requests[0].sampling.logprobs is not None
         self._texts: list[list[str]] = [[] for _ in call.requests]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in call.requests]
+        self._calls: list[dict[int, dict[str, Any]]] = [{} for _ in call.requests]
         self._reasons: list[FinishReason | None] = [None] * len(call.requests)
         self._usages: list[Usage | None] = [None] * len(call.requests)
         self.route: Route | None = None
@@ -129,6 +133,8 @@ class Whole:
     def push(self, index: int, delta: Delta) -> None:
         self._texts[index].append(delta.text)
         self._logprobs[index].extend(delta.logprobs)
+        for piece in delta.tool_calls:
+            _add(self._calls[index], piece)
         self.route = delta.route or self.route
         if delta.finish_reason is not None:
             self._reasons[index] = finish_reason(delta)
@@ -146,8 +152,25 @@ class Whole:
         choice: dict[str, Any] = {"index": index, "finish_reason": self._reasons[index]}
         if self._kind == "chat":
             shown = _chat_logprobs(logprobs) if self._wants_logprobs else None
-            return {**choice, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": shown}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls := [*self._calls[index].values()]:
+                message |= {"content": text or None, "tool_calls": calls}
+            return {**choice, "message": message, "logprobs": shown}
         return {**choice, "text": text, "logprobs": _text_logprobs(logprobs, 0) if self._wants_logprobs else None}
+
+
+def _tool_piece(piece: ToolPiece) -> dict[str, Any]:
+    if piece.id is None:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name or "", "arguments": piece.arguments}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+
+
+def _add(calls: dict[int, dict[str, Any]], piece: ToolPiece) -> None:
+    """Put a piece to the call that it is of."""
+    function = {"name": piece.name or "", "arguments": ""}
+    call = calls.setdefault(piece.index, {"id": piece.id or "", "type": "function", "function": function})
+    call["function"]["arguments"] += piece.arguments
 
 
 def finish_reason(delta: Delta) -> FinishReason | None:

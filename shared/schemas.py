@@ -4,6 +4,7 @@ Every HTTP surface turns its own JSON into a `ChatRequest` and turns `Delta`s ba
 Anything that answers a request is an `Answer`: the edge's Agent, each of its backends, the cloud's engine.
 """
 
+import re
 from collections.abc import AsyncGenerator
 from typing import Final, Literal, Protocol
 
@@ -13,7 +14,8 @@ from shared.errors import BadRequest
 from shared.grammars import check_lark, check_regex, check_schema
 
 Role = Literal["system", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+ToolChoice = Literal["none", "auto", "required"]
 Target = Literal["edge", "cloud"]
 Syntax = Literal["json_schema", "regex", "lark"]
 Label = Literal["free", "redact", "edge_only"]
@@ -30,6 +32,8 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKENS = 16
 MAX_LOGIT_BIAS = 300
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+MAX_CALLS = 128
 MAX_OUTPUT_TOKENS = 1 << 20
 MAX_DEADLINE_S = 86_400.0
 MAX_TOKEN_ID = 1 << 24
@@ -43,10 +47,33 @@ def _in_range(name: str, value: float | None, low: float, high: float, *, open_l
         raise BadRequest(f"{name} must be {'over' if open_low else 'at least'} {low} and at most {high}", param=name)
 
 
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an assistant called in an earlier turn. `arguments` is a JSON object, as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`tool_calls` are the assistant's; a message of a `tool` answers the one with the id `tool_call_id`."""
+
     role: Role
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tool_calls and self.role != "assistant":
+            raise BadRequest("only an assistant has tool_calls", param="tool_calls")
+        if len(self.tool_calls) > MAX_CALLS:
+            raise BadRequest(f"at most {MAX_CALLS} tool_calls", param="tool_calls")
+
+    @property
+    def size(self) -> int:
+        """Characters that a prompt is made of."""
+        return len(self.content) + sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -117,6 +144,27 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise
 
 
+class Tool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A function that may be called. `parameters` is a JSON Schema as text; with `strict` a call must follow it."""
+
+    name: str
+    description: str = ""
+    parameters: str = '{"type":"object"}'
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not _TOOL_NAME.fullmatch(self.name):
+            raise BadRequest("a tool's name must have 1 to 64 letters, digits, _ and -", param="name")
+        try:
+            check_schema(self.parameters)
+        except BadRequest as error:
+            error.param = "parameters"
+            raise
+
+
+_TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One request, from any surface. Exactly one of `messages` (chat) and `prompt` (raw text, no template) is given.
 
@@ -131,6 +179,11 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     prompt: str | None = None
     sampling: Sampling = Sampling()
     grammar: Grammar | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    allowed_tools: tuple[str, ...] = ()
+    """Of the tools, those that may be called now; none named: all. A choice of one tool is `required` and its name."""
+    parallel_tool_calls: bool = True
     label: Label = "free"
     priority: Priority = "interactive"
     deadline_s: float | None = None
@@ -146,7 +199,32 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise BadRequest("prompt must not be empty", param="prompt")
         if len(self.messages) > MAX_MESSAGES:
             raise BadRequest(f"at most {MAX_MESSAGES} messages", param="messages")
+        self._check_tools()
         _in_range("deadline_s", self.deadline_s, 0, MAX_DEADLINE_S, open_low=True)
+
+    def _check_tools(self) -> None:
+        names = [tool.name for tool in self.tools]
+        if len(names) > MAX_TOOLS or len(set(names)) < len(names):
+            raise BadRequest(f"there must be at most {MAX_TOOLS} tools, each with a name of its own", param="tools")
+        if not set(self.allowed_tools) <= set(names) or (self.tool_choice == "required" and not names):
+            raise BadRequest("tool_choice must be of the tools that are given", param="tool_choice")
+        if names and self.prompt is not None:
+            raise BadRequest("tools need messages", param="tools")
+        if self.calling and self.grammar is not None:
+            raise BadRequest("tools and a grammar for the answer exclude each other", param="grammar")
+
+    @property
+    def calling(self) -> tuple[Tool, ...]:
+        """The tools that the answer may call."""
+        if self.tool_choice == "none":
+            return ()
+        return tuple(tool for tool in self.tools if tool.name in (self.allowed_tools or (tool.name,)))
+
+    @property
+    def size(self) -> int:
+        """Characters of all that a prompt is made of."""
+        tools = sum(len(tool.name) + len(tool.description) + len(tool.parameters) for tool in self.tools)
+        return len(self.prompt or "") + sum(message.size for message in self.messages) + tools
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -180,6 +258,16 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str = ""
 
 
+class ToolPiece(msgspec.Struct, frozen=True, array_like=True):
+    """A part of call number `index` of an answer: the first has its id and name, all of them pieces of its arguments,
+    which together are JSON as the model wrote it: whether it is valid, and fits the tool, is the client's to check."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One piece of an answer. The last one of a stream, and only it, has `finish_reason` and `usage`.
 
@@ -190,6 +278,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str = ""
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolPiece, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     route: Route | None = None

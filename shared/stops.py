@@ -23,7 +23,7 @@ class StopScanner:
             at, self.hit = min(found, key=lambda pair: (pair[0], -len(pair[1])))
             released, self._held = self._held[:at], ""
             return released
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         released, self._held = self._held[:cut], self._held[cut:]
         return released
@@ -34,7 +34,7 @@ class StopScanner:
         return released
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that `text` ends with."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:size]):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.errors import CausewayError, UnknownRequest, Unreachable, Unrecoverable, from_code
-from shared.frames import BODY_PIECE, Ack, Body, Data, End, Err, Open, Resume, body_hash
+from shared.frames import BODY_PIECE, Ack, Body, Data, End, Err, Open, Resume, body_hash, output_bytes
 from shared.schemas import Delta
 
 
@@ -150,16 +150,16 @@ class Stream:
         """Raises Unrecoverable if the server lost its place; a repeated frame is ignored."""
         if frame.seq <= self.received:
             return
-        text = frame.text.encode()
+        output = output_bytes(frame.text, frame.tool_calls)
         if frame.seq != self.received + 1 or frame.off != self._bytes:
             raise Unrecoverable("the stream skipped a piece", source="cloud")
-        if self._bytes + len(text) > max_output or frame.seq > self._granted:
+        if self._bytes + len(output) > max_output or frame.seq > self._granted:
             raise Unrecoverable("the server sent more than it may", source="cloud")
         self.received = frame.seq
-        self._bytes += len(text)
-        self._digest.update(text)
+        self._bytes += len(output)
+        self._digest.update(output)
         if self.given_up is None:
-            self._inbox.append(Delta(text=frame.text, tokens=frame.tokens, logprobs=frame.logprobs))
+            self._inbox.append(_delta(frame))
         self._unacked += 1
         if self._unacked >= self._rules.ack_every or self._limit() - self._granted >= self._rules.window // 2:
             self.ack_at = now
@@ -199,6 +199,10 @@ class Stream:
     def _limit(self) -> int:
         """The last frame number there is room for."""
         return self.received - len(self._inbox) + self._rules.window
+
+
+def _delta(frame: Data) -> Delta:
+    return Delta(text=frame.text, tokens=frame.tokens, logprobs=frame.logprobs, tool_calls=frame.tool_calls)
 
 
 def error_of(frame: Err) -> CausewayError:

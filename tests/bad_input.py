@@ -70,9 +70,7 @@ _NUMBERS = {
 }
 
 _UNSUPPORTED: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "functions": [{"name": "f"}],
-    "tool_choice": "required",
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy", "format": "wav"},
     "prediction": {"type": "content", "content": "x"},
@@ -91,6 +89,38 @@ _UNKNOWN: dict[str, Any] = {
     "n_discard": -1,
     "__class__": "x",
 }
+
+_CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+_CHOICE = {"type": "function", "function": {"name": "g"}}
+
+
+def _function(**fields: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f"} | fields}]}
+
+
+_TOOLS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("required without any", "tool_choice", BAD, {"tool_choice": "required"}),
+    ("unknown choice", "tool_choice", BAD, {"tool_choice": "sometimes"} | _function()),
+    (
+        "choice of another",
+        "tool_choice",
+        BAD,
+        {"tool_choice": {"type": "function", "function": {"name": "g"}}} | _function(),
+    ),
+    ("no name", "tools[0].function.name", BAD, {"tools": [{"type": "function", "function": {}}]}),
+    ("name of markup", "tools[0].function.name", BAD, _function(name="</tool_call>")),
+    ("not a function", "tools[0].type", UNSUPPORTED, {"tools": [{"type": "web_search"}]}),
+    ("10^4 tools", "tools", BAD, {"tools": [{"type": "function", "function": {"name": "f"}}] * 10_000}),
+    ("two of one name", "tools", BAD, {"tools": [{"type": "function", "function": {"name": "f"}}] * 2}),
+    ("and a grammar", "response_format", BAD, {"response_format": {"type": "json_object"}} | _function()),
+    *(
+        (f"schema {name}", "tools[0].function.parameters", BAD, _function(parameters=schema))
+        for name, schema in grammar_bombs.SCHEMAS.items()
+        if "10 MB" not in name
+    ),
+]
 
 BODIES: tuple[Body, ...] = (
     *(_number(name, literal) for name, literals in _NUMBERS.items() for literal in literals),
@@ -111,14 +141,21 @@ BODIES: tuple[Body, ...] = (
     Body("no role", _message(content="hi"), "messages[0].role"),
     Body("unknown role", _message(role="root", content="hi"), "messages[0].role"),
     Body("no content", _message(role="user"), "messages[0].content"),
+    Body("assistant without content or calls", _message(role="assistant"), "messages[0].content"),
     Body("content null", _message(role="user", content=None), "messages[0].content"),
     Body("content a number", _message(role="user", content=5), "messages[0].content"),
     Body("unknown message field", _message(role="user", content="a", zap=1), "messages[0].zap"),
+    *(Body(f"tools: {name}", chat(**fields), param, code) for name, param, code, fields in _TOOLS),
+    Body("call of a user", _message(role="user", content="a", tool_calls=[_CALLED]), "messages[0].tool_calls"),
     Body(
-        "tool calls",
-        _message(role="assistant", content="a", tool_calls=[{"id": "1"}]),
-        "messages[0].tool_calls",
-        UNSUPPORTED,
+        "call without a function",
+        _message(role="assistant", tool_calls=[{"id": "1"}]),
+        "messages[0].tool_calls[0].function",
+    ),
+    Body(
+        "call with broken arguments",
+        _message(role="assistant", tool_calls=[{"id": "1", "function": {"name": "f", "arguments": "{"}}]),
+        "messages[0].tool_calls[0].function.arguments",
     ),
     Body(
         "image part",

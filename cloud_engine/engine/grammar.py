@@ -67,7 +67,7 @@ class GrammarCompiler:
         self._json, self._ends = tokenizer, sorted(ends)
         self._trial = _Trial(json.dumps({"tokenizer": tokenizer, "ends": self._ends, "limits": LIMITS}), trial_s)
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[Grammar | str, LLMatcher] = OrderedDict()
 
     @property
     def trials(self) -> int:
@@ -78,8 +78,9 @@ class GrammarCompiler:
     def remembered(self) -> int:
         return len(self._compiled)
 
-    def guide(self, grammar: Grammar) -> Guide:
-        """Raises BadRequest for what cannot be compiled within the limits; Overloaded if no trial can be held."""
+    def guide(self, grammar: Grammar | str) -> Guide:
+        """`grammar` is a caller's own, or what `tool_grammar` made of its tools. Raises BadRequest for what cannot be
+        compiled within the limits; Overloaded if no trial can be held."""
         matcher = self._compiled.get(grammar) or self._compile(grammar)
         self._compiled[grammar] = matcher
         self._compiled.move_to_end(grammar)
@@ -90,7 +91,7 @@ class GrammarCompiler:
     def close(self) -> None:
         self._trial.kill()
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar | str) -> LLMatcher:
         source = _source(grammar)
         wrong = self._trial.run(source)
         if not wrong:
@@ -99,7 +100,8 @@ class GrammarCompiler:
             if not matcher.is_error():
                 return matcher
             wrong = "it is too complex"
-        raise BadRequest(f"the grammar cannot be used: {_printable(wrong)}", param="grammar", source="cloud")
+        param = "tools" if isinstance(grammar, str) else "grammar"
+        raise BadRequest(f"the grammar cannot be used: {_printable(wrong)}", param=param, source="cloud")
 
 
 class _Trial:
@@ -169,8 +171,10 @@ def _asked(process: "subprocess.Popen[bytes]", source: str, limit_s: float) -> s
     return line.decode(errors="replace").strip() if line.endswith(b"\n") else None
 
 
-def _source(grammar: Grammar) -> str:
+def _source(grammar: Grammar | str) -> str:
     """The grammar as llguidance reads it."""
+    if isinstance(grammar, str):
+        return str(LLMatcher.grammar_from_lark(grammar))
     if grammar.syntax == "json_schema":
         source = LLMatcher.grammar_from_json_schema(grammar.text, overrides={"lenient": False})
     elif grammar.syntax == "regex":

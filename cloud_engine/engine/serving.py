@@ -23,6 +23,7 @@ from cloud_engine.engine.grammar import GrammarCompiler, Guide
 from cloud_engine.engine.places import Places
 from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.stream import TextStream
+from cloud_engine.engine.tool_grammar import tool_grammar
 from cloud_engine.model.tokenizer import Tokenizer
 from shared.errors import (
     BadRequest,
@@ -33,7 +34,8 @@ from shared.errors import (
     Overloaded,
     UpstreamFailed,
 )
-from shared.schemas import ChatRequest, Delta, Grammar, ModelCard
+from shared.schemas import ChatRequest, Delta, ModelCard
+from shared.tool_formats import ToolReader
 
 ENCODE_TIMEOUT_S = 20.0
 GRAMMAR_TIMEOUT_S = 30.0
@@ -119,8 +121,8 @@ class EngineAnswer:
         turns."""
         deadline = self._engine.clock() + (math.inf if request.deadline_s is None else request.deadline_s)
         tokens = await self._encode(request, salt)
-        guide = None if request.grammar is None else await self._guide(request.grammar)
-        text = TextStream(self._tokenizer, request.sampling, len(tokens))
+        guide = await self._guide(request)
+        text = TextStream(self._tokenizer, request.sampling, len(tokens), self._reader(request))
         live = _Live(str(next(self._ids)), request, tokens, salt, deadline, text, guide)
         self._submit(live)
         try:
@@ -134,11 +136,16 @@ class EngineAnswer:
         finally:
             self._withdraw(live)
 
+    def _reader(self, request: ChatRequest) -> ToolReader | None:
+        names = [tool.name for tool in request.calling]
+        if not names:
+            return None
+        return ToolReader(self._tokenizer.tool_format, names, request.id, parallel=request.parallel_tool_calls)
+
     async def _encode(self, request: ChatRequest, salt: str) -> list[int]:
         """Template and tokenise off the loop, one request at a time, with a limit on how many wait and for how long."""
         limit = self._engine.config.model_len
-        size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
-        if (least := self._tokenizer.least_tokens(size)) > limit:
+        if (least := self._tokenizer.least_tokens(request.size)) > limit:
             raise ContextTooLong(
                 f"the prompt has at least {least} tokens, over the context length of {limit}", param="messages"
             )
@@ -159,10 +166,14 @@ class EngineAnswer:
     def _tokens(self, request: ChatRequest) -> list[int]:
         if request.prompt is not None:
             return self._tokenizer.encode(request.prompt)
-        return self._tokenizer.encode_chat(request.messages)
+        return self._tokenizer.encode_chat(request.messages, () if request.tool_choice == "none" else request.tools)
 
-    async def _guide(self, grammar: Grammar) -> Guide:
+    async def _guide(self, request: ChatRequest) -> Guide | None:
         """Compile off the loop and off the engine's thread, one at a time, with limits like those of `_encode`."""
+        tokenizer = self._tokenizer
+        grammar = request.grammar or tool_grammar(request, tokenizer.tool_format, tokenizer.markers)
+        if grammar is None:
+            return None
         if self._compiling >= MAX_COMPILING:
             raise Overloaded(f"{self._compiling} grammars are waiting to be compiled", retry_after=1.0)
         self._compiling += 1

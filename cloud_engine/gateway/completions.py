@@ -15,7 +15,20 @@ from shared.errors import BadRequest, UpstreamFailed
 from shared.formats import ANY_OBJECT
 from shared.openai import COMPLETION_MAX_TOKENS
 from shared.replies import NO_LOGPROB
-from shared.schemas import ChatRequest, Delta, FinishReason, Grammar, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.schemas import (
+    MAX_CALLS,
+    ChatRequest,
+    Delta,
+    FinishReason,
+    Grammar,
+    Message,
+    Sampling,
+    TokenLogprob,
+    Tool,
+    ToolPiece,
+    TopLogprob,
+    Usage,
+)
 from shared.stops import StopScanner
 
 DONE = b"[DONE]"
@@ -27,6 +40,7 @@ _REASONS: dict[str, FinishReason] = {
     "eos_token": "stop",  # TGI
     "stop_sequence": "stop",  # TGI
     "length": "length",
+    "tool_calls": "tool_calls",
 }
 
 _Count = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -50,8 +64,8 @@ def fields_of(request: ChatRequest, model: str, context_length: int) -> dict[str
         **_grammar(request.grammar),
     }
     if request.prompt is None:
-        messages = [{"role": one.role, "content": one.content, "name": one.name} for one in request.messages]
-        fields["messages"] = [{key: value for key, value in one.items() if value is not None} for one in messages]
+        fields["messages"] = [_message(one) for one in request.messages]
+        fields |= _tools(request)
         if sampling.logprobs is not None:
             fields["logprobs"] = True
             fields.update({"top_logprobs": sampling.logprobs} if sampling.logprobs else {})
@@ -63,6 +77,40 @@ def fields_of(request: ChatRequest, model: str, context_length: int) -> dict[str
     if sampling.logprobs is not None:
         fields["logprobs"] = sampling.logprobs
     return fields
+
+
+def _message(message: Message) -> dict[str, Any]:
+    values = {"role": message.role, "content": message.content, "name": message.name}
+    values["tool_call_id"] = message.tool_call_id
+    fields: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return fields
+
+
+def _tools(request: ChatRequest) -> dict[str, Any]:
+    """Only the tools that may be called now: few servers know `allowed_tools`, but all know which they were given."""
+    offered = request.calling
+    if not offered:
+        return {}
+    fields: dict[str, Any] = {"tools": [_tool(tool) for tool in offered]}
+    if request.tool_choice == "required":
+        only = {"type": "function", "function": {"name": offered[0].name}}
+        fields["tool_choice"] = only if len(offered) == 1 else "required"
+    return fields if request.parallel_tool_calls else fields | {"parallel_tool_calls": False}
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    function = {
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": msgspec.json.decode(tool.parameters),
+        **({"strict": True} if tool.strict else {}),
+    }
+    return {"type": "function", "function": function}
 
 
 def _grammar(grammar: Grammar | None) -> dict[str, Any]:
@@ -113,7 +161,19 @@ class _Logprobs(Struct):
     top_logprobs: list[dict[str, float | None] | None] | None = None
 
 
+class _Function(Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Called(Struct):
+    index: _Count = 0
+    id: str | None = None
+    function: _Function | None = None
+
+
 class _Message(Struct):
+    tool_calls: list[_Called] | None = None
     content: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -158,10 +218,11 @@ class ChunkReader:
         self._top = request.sampling.logprobs or 0
         self._lacks_logprobs = request.sampling.logprobs is not None
         self._scanner = StopScanner(request.sampling.stop)
+        self._names = frozenset(tool.name for tool in request.calling)
+        self._calls: set[int] = set()
         self._finish: FinishReason | None = None
         self._usage: Usage | None = None
-        chars = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
-        self._prompt_estimate = max(1, chars // PROMPT_CHARS_PER_TOKEN)
+        self._prompt_estimate = max(1, request.size // PROMPT_CHARS_PER_TOKEN)
 
     def read(self, event: bytes) -> Delta | None:
         """What this event adds to the answer. Raises the error it tells of, or UpstreamFailed where it is none."""
@@ -180,8 +241,10 @@ class ChunkReader:
 
     def last(self) -> Delta:
         """The end of the answer. Raises UpstreamFailed if it has none."""
-        if self._finish is None:
+        if self._finish is None or (self._finish == "tool_calls" and not self._calls):
             raise UpstreamFailed("the upstream ended in the middle of its answer", source="cloud")
+        if self._finish == "stop" and self._calls:  # what vLLM says of a call that was asked for
+            self._finish = "tool_calls"
         counted = Usage(prompt_tokens=self._prompt_estimate, completion_tokens=self.tokens)
         return Delta(text=self._scanner.flush(), finish_reason=self._finish, usage=self._usage or counted)
 
@@ -193,7 +256,8 @@ class ChunkReader:
         self._lacks_logprobs = self._lacks_logprobs and not logprobs
         if self._lacks_logprobs and text:  # some servers pass over what they do not know
             raise BadRequest("the upstream gives no logprobs", param="logprobs", source="cloud")
-        tokens = len(logprobs) or int(bool(text) or thought)
+        calls = tuple(self._call(one) for one in message.tool_calls or ())
+        tokens = len(logprobs) or int(bool(text) or thought or bool(calls))
         self.tokens += tokens
         if choice.finish_reason is not None:
             self._finish = _reason(choice.finish_reason)
@@ -202,7 +266,17 @@ class ChunkReader:
             self._finish, self.done = "stop", True
         if not (tokens or shown):
             return None
-        return Delta(text=shown, tokens=tokens, logprobs=logprobs)
+        return Delta(text=shown, tokens=tokens, logprobs=logprobs, tool_calls=calls)
+
+    def _call(self, said: _Called) -> ToolPiece:
+        """Raises UpstreamFailed for a call of what was not offered, or one that goes on without having begun."""
+        function = said.function or _Function()
+        if said.index in self._calls:
+            return ToolPiece(said.index, function.arguments or "")
+        if function.name not in self._names or len(self._calls) >= MAX_CALLS:
+            raise UpstreamFailed("the upstream calls what it was not given to call", source="cloud")
+        self._calls.add(said.index)
+        return ToolPiece(said.index, function.arguments or "", (said.id or f"call_{said.index}")[:128], function.name)
 
 
 def _reason(name: str) -> FinishReason:

@@ -236,8 +236,7 @@ def _title(name: str) -> str:
 
 def _reservation(request: ChatRequest) -> int:
     """Tokens charged before the request is tokenized; settled by its real usage."""
-    chars = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
-    return chars // PROMPT_CHARS_PER_TOKEN + (request.sampling.max_tokens or UNBOUNDED_OUTPUT)
+    return request.size // PROMPT_CHARS_PER_TOKEN + (request.sampling.max_tokens or UNBOUNDED_OUTPUT)
 
 
 def _total(usage: Usage) -> int:

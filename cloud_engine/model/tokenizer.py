@@ -7,6 +7,7 @@ tokens share is never shown in halves.
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers import AutoTokenizer
 
 from shared.errors import BadRequest
 from shared.gguf import ModelInvalid
-from shared.schemas import Message
+from shared.schemas import Message, Tool
+from shared.tool_formats import format_of
+from shared.tool_prompts import prepared
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>")
 """Tokens that end an answer in the model families we know, whether or not the checkpoint lists them all."""
@@ -32,19 +35,31 @@ class Tokenizer:
         written = (len(added.content) for added in self._inner.added_tokens_decoder.values())
         self._longest = max(*map(len, self._bytes), *written, 1)
         self.stop_ids = _stop_ids(self._inner, path)
+        template = self._inner.chat_template
+        self._template = template if isinstance(template, str) else ""
+        self.tool_format = format_of(self._template)
+        self.markers = {
+            token: added.content.encode()
+            for token, added in self._inner.added_tokens_decoder.items()
+            if added.content in (*self.tool_format.starts, *self.tool_format.ends, "[ARGS]", "[CALL_ID]")
+        }
+        """Tokens that are markers of a tool's call, and their spelling: as text they may be nothing."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of raw text, with whatever the tokenizer itself puts around it; no template."""
         return list(self._inner.encode(text))
 
-    def encode_chat(self, messages: Iterable[Message]) -> list[int]:
+    def encode_chat(self, messages: Iterable[Message], tools: Iterable[Tool] = ()) -> list[int]:
         """Tokens of a conversation in the model's chat template, up to where the assistant speaks. Raises BadRequest if
         the model has no template or its template refuses; the reason may quote the messages, so it is not passed on."""
-        values = [_plain(message) for message in messages]
         if not self._inner.chat_template:
             raise BadRequest("this model has no chat template: send a prompt", param="messages")
+        native = re.search(r"\btools\b", self._template) is not None
+        values, offered = prepared(tuple(messages), tuple(tools), self.tool_format, native=native)
         try:
-            text = self._inner.apply_chat_template(values, tokenize=False, add_generation_prompt=True)
+            text = self._inner.apply_chat_template(
+                values, tools=offered or None, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # a template is a program: it may raise anything
             raise BadRequest("the model's chat template does not accept these messages", param="messages") from error
         return list(self._inner.encode(text, add_special_tokens=False))
@@ -63,14 +78,16 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Turns tokens into text one by one; half a character waits for its other half."""
+    """Turns tokens into text one by one; half a character waits for its other half. `shown` are tokens that are spelled
+    otherwise than by the vocabulary."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, bytes] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        return self._decoder.decode(self._shown.get(token) or self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
         """The end: bytes that never became a character are shown as U+FFFD."""
@@ -86,11 +103,6 @@ def _load(path: Path) -> Any:
     if not getattr(inner, "is_fast", False):
         raise ModelInvalid(f"{path.name} has no tokenizer.json, and a slow tokenizer is not supported", param="model")
     return inner
-
-
-def _plain(message: Message) -> dict[str, str]:
-    plain = {"role": message.role, "content": message.content}
-    return plain if message.name is None else plain | {"name": message.name}
 
 
 def _stop_ids(inner: Any, path: Path) -> frozenset[int]:

@@ -84,4 +84,4 @@ class RemoteBackend(Answer, Protocol):
 
 def is_empty(delta: Delta) -> bool:
     """Nothing for a client in it: until the first delta that is not, a request counts as not yet answered."""
-    return not (delta.text or delta.tokens or delta.logprobs or delta.finish_reason)
+    return not (delta.text or delta.tokens or delta.logprobs or delta.tool_calls or delta.finish_reason)

@@ -28,6 +28,7 @@ from shared.errors import (
 )
 from shared.models import model_name
 from shared.schemas import SEED_BITS, ChatRequest, Delta, ModelCard
+from shared.tool_formats import ToolReader
 
 PROMPT_S = 30.0
 """Limit on templating and tokenizing: both are linear in a bounded text, so only a broken template takes as long."""
@@ -148,7 +149,7 @@ class LlamaBackend:
         if text is None:
             if self._template is None:
                 raise BadRequest("this model has no chat template: send a prompt", param="messages", source="edge")
-            text = self._template.render(request.messages)
+            text = self._template.render(request.messages, () if request.tool_choice == "none" else request.tools)
             special = not (self._bos and text.startswith(self._bos))
         least = -(-len(text) // native.longest_piece)
         if least >= native.context_length:
@@ -178,9 +179,16 @@ class LlamaBackend:
                 sampling,
                 prompt_tokens=len(prompt),
                 max_tokens=min(room, sampling.max_tokens or room),
+                tools=self._reader(request),
             ),
             deliver=mailbox.put_nowait,
         )
+
+    def _reader(self, request: ChatRequest) -> ToolReader | None:
+        names = [tool.name for tool in request.calling]
+        if not names or self._template is None:
+            return None
+        return ToolReader(self._template.tool_format, names, request.id, parallel=request.parallel_tool_calls)
 
     def _post(self, events: list[Event]) -> None:
         self._on_loop(lambda: _deliver(events))
@@ -208,6 +216,8 @@ def _refuse_unsupported(request: ChatRequest) -> None:
     sampling = request.sampling
     asked = {
         "grammar": request.grammar is not None,
+        "tool_choice": bool(request.calling) and request.tool_choice == "required",
+        "strict": any(tool.strict for tool in request.calling),
         "logit_bias": bool(sampling.logit_bias),
         "min_tokens": bool(sampling.min_tokens),
         "stop_token_ids": bool(sampling.stop_token_ids),

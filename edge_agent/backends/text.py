@@ -5,8 +5,9 @@ from collections.abc import Set
 from typing import Literal
 
 from edge_agent.backends.sampling import Sampled
-from shared.schemas import Delta, FinishReason, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.schemas import Delta, FinishReason, Sampling, TokenLogprob, ToolPiece, TopLogprob, Usage
 from shared.stops import StopScanner
+from shared.tool_formats import ToolReader
 
 Ending = Literal["stop", "length"]
 
@@ -18,8 +19,16 @@ class TextStream:
     """
 
     def __init__(
-        self, pieces: list[bytes], ends: Set[int], sampling: Sampling, *, prompt_tokens: int, max_tokens: int
+        self,
+        pieces: list[bytes],
+        ends: Set[int],
+        sampling: Sampling,
+        *,
+        prompt_tokens: int,
+        max_tokens: int,
+        tools: ToolReader | None = None,
     ) -> None:
+        self._tools = tools
         self.cached_tokens = 0
         self._pieces = pieces
         self._ends: Set[int] = frozenset() if sampling.ignore_eos else ends
@@ -42,14 +51,28 @@ class TextStream:
             text = self._scanner.push(self._characters.decode(self._pieces[sampled.token]))
             if sampled.logprob is not None:
                 self._logprobs.append(self._logprob(sampled, sampled.logprob))
-        if self._scanner.hit is not None:
+        text, calls = self._called(text)
+        if self._scanner.hit is not None or (self._tools is not None and self._tools.done):
             ending = "stop"
         if ending is None:
-            return self._release(text) if text else None
-        text += self._scanner.push(self._characters.decode(b"", final=True)) + self._scanner.flush()
-        return self._release(text, "stop" if self._scanner.hit is not None else ending)
+            return self._release(text, calls) if text or calls else None
+        rest, more = self._called(
+            self._scanner.push(self._characters.decode(b"", final=True)) + self._scanner.flush(), last=True
+        )
+        called = ending == "stop" and self._tools is not None and self._tools.calls
+        return self._release(text + rest, calls + more, "tool_calls" if called else ending)
 
-    def _release(self, text: str, reason: FinishReason | None = None) -> Delta:
+    def _called(self, text: str, *, last: bool = False) -> tuple[str, tuple[ToolPiece, ...]]:
+        """What of the text is said, and what is called."""
+        if self._tools is None:
+            return text, ()
+        said, calls = self._tools.push(text)
+        if last:
+            rest, more = self._tools.flush()
+            return said + rest, calls + more
+        return said, calls
+
+    def _release(self, text: str, calls: tuple[ToolPiece, ...], reason: FinishReason | None = None) -> Delta:
         tokens, logprobs = self._pending, tuple(self._logprobs)
         self._pending, self._logprobs = 0, []
         usage = None
@@ -57,7 +80,7 @@ class TextStream:
             usage = Usage(
                 prompt_tokens=self._prompt_tokens, completion_tokens=self._total, cached_tokens=self.cached_tokens
             )
-        return Delta(text=text, tokens=tokens, logprobs=logprobs, finish_reason=reason, usage=usage)
+        return Delta(text=text, tokens=tokens, logprobs=logprobs, tool_calls=calls, finish_reason=reason, usage=usage)
 
     def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
         top = tuple(TopLogprob(*self._spelled(token, value)) for token, value in sampled.top)

@@ -8,7 +8,20 @@ from hypothesis import strategies as st
 from shared import frames
 from shared.errors import BadFrame, BadRequest, TooLarge, UnsupportedVersion
 from shared.frames import BODY_PIECE, MAX_FRAME, MSGPACK, SUBPROTOCOLS, Codec, Frame
-from shared.schemas import ChatRequest, Message, ModelCard, Route, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.schemas import (
+    ChatRequest,
+    Grammar,
+    Message,
+    ModelCard,
+    Route,
+    Sampling,
+    TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolPiece,
+    TopLogprob,
+    Usage,
+)
 
 TOKEN = "t" * 22
 DIGEST = bytes(range(32))
@@ -28,6 +41,7 @@ FROM_SERVER: tuple[Frame, ...] = (
     frames.Welcome(1, "epoch", frames.Limits(), (ModelCard(id="m", context_length=8192),)),
     frames.Accept(1, 1, TOKEN),
     frames.Data(1, 1, 0, 'naïve "\x00\U0001f600"', 1, LOGPROBS),
+    frames.Data(1, 2, 0, "", 0, (), (ToolPiece(0, "", "call_1", "f"), ToolPiece(0, '{"a": "é\x00'))),
     frames.End(1, 2, "stop", Usage(prompt_tokens=1, completion_tokens=2), 3, DIGEST, Route(target="cloud", reason="r")),
     frames.Err(1, 0, "overloaded", "busy", retry_after=1.5),
     frames.Resumed(2, 2, 8, TOKEN),
@@ -158,9 +172,27 @@ def test_a_token_costs_tens_of_bytes() -> None:
 def test_a_request_survives_its_body() -> None:
     """Every field of a request comes out of the body as it went in."""
     sampling = Sampling(temperature=0.5, seed=1 << 62, stop=("a", "\U0001f600"), logprobs=3, max_tokens=9)
-    request = ChatRequest(id="r", model="m", messages=(Message(role="user", content="héllo"),), sampling=sampling)
+    call = ToolCall(id="1", name="f", arguments='{"a":1}')
+    request = ChatRequest(
+        id="r",
+        model="m",
+        messages=(
+            Message(role="user", content="héllo"),
+            Message(role="assistant", content="", tool_calls=(call,)),
+            Message(role="tool", content="2", tool_call_id="1"),
+        ),
+        sampling=sampling,
+        tools=(Tool(name="f", description="d", parameters='{"type":"object"}', strict=True), Tool(name="g")),
+        tool_choice="required",
+        allowed_tools=("f",),
+        parallel_tool_calls=False,
+    )
+    grammar = Grammar(syntax="regex", text="a+")
+    biased = Sampling(logit_bias={5: -1.5}, min_tokens=2, stop_token_ids=(7,))
 
     assert frames.decode_request(frames.encode_request(request)) == request
+    other = ChatRequest(id="r", model="m", prompt="p", grammar=grammar, sampling=biased)
+    assert frames.decode_request(frames.encode_request(other)) == other
 
 
 @pytest.mark.parametrize(

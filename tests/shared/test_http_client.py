@@ -21,7 +21,7 @@ from shared.errors import (
 )
 from shared.guard import Guard
 from shared.http import create_app
-from shared.schemas import Answer, Delta, ModelCard
+from shared.schemas import Answer, Delta, ModelCard, ToolPiece, Usage
 
 HELLO = [{"role": "user", "content": "one two three four"}]
 
@@ -190,10 +190,58 @@ async def test_an_error_in_mid_stream_is_raised() -> None:
     assert texts == ["", "one"]
 
 
+CALLING = (
+    Delta(text="Let me see.", tokens=3),
+    Delta(tokens=1, tool_calls=(ToolPiece(0, "", "call_a", "get_weather"),)),
+    Delta(
+        tokens=2, tool_calls=(ToolPiece(0, '{"city": '), ToolPiece(0, '"Oslo"}'), ToolPiece(1, "{}", "call_b", "now"))
+    ),
+    Delta(finish_reason="tool_calls", usage=Usage(prompt_tokens=9, completion_tokens=6)),
+)
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "now", "description": "The time.", "strict": True}},
+]
+
+
+async def test_calls_of_tools() -> None:
+    """Streamed through the client's own accumulator or whole: names, arguments, ids and the reason are the same."""
+    answer = ScriptedAnswer(*CALLING)
+    async with client(answer) as api:
+        whole = await api.chat.completions.create(model="auto", messages=HELLO, tools=TOOLS)
+        async with api.chat.completions.stream(model="auto", messages=HELLO, tools=TOOLS, tool_choice="auto") as stream:
+            streamed = await stream.get_final_completion()
+    for reply in (whole, streamed):
+        message = reply.choices[0].message
+        assert reply.choices[0].finish_reason == "tool_calls"
+        assert message.content == "Let me see."
+        assert [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()] == [
+            ("call_a", "get_weather", '{"city": "Oslo"}'),
+            ("call_b", "now", "{}"),
+        ]
+    assert [tool.name for tool in answer.requests[0].tools] == ["get_weather", "now"]
+    assert answer.requests[0].tools[1].strict
+
+
+async def test_a_conversation_with_calls_goes_back_in() -> None:
+    """What the client got is what it may send on: the assistant's calls and the tools' answers."""
+    answer = ScriptedAnswer(*CALLING)
+    async with client(answer) as api:
+        reply = await api.chat.completions.create(model="auto", messages=HELLO, tools=TOOLS)
+        result = {"role": "tool", "tool_call_id": "call_a", "content": "snow"}
+        turns = [*HELLO, reply.choices[0].message.model_dump(exclude_none=True), result]
+        choice = {"type": "function", "function": {"name": "now"}}
+        await api.chat.completions.create(model="auto", messages=turns, tools=TOOLS, tool_choice=choice)
+    asked = answer.requests[1]
+    assert [call.name for call in asked.messages[1].tool_calls] == ["get_weather", "now"]
+    assert asked.messages[2].tool_call_id == "call_a"
+    assert (asked.tool_choice, asked.allowed_tools) == ("required", ("now",))
+    assert [tool.name for tool in asked.calling] == ["now"]
+
+
 async def test_unsupported_fields_are_refused_by_name() -> None:
-    """Tools are not silently ignored."""
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    """The old way to offer functions is not silently ignored."""
     async with client(EchoAnswer()) as api:
         with pytest.raises(openai.BadRequestError) as caught:
-            await api.chat.completions.create(model="auto", messages=HELLO, tools=[tool])
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "tools")
+            await api.chat.completions.create(model="auto", messages=HELLO, functions=[{"name": "f"}])
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "functions")

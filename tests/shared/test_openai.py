@@ -228,7 +228,7 @@ def test_duplicate_keys_mean_the_last_one() -> None:
 def test_unsupported_is_told_from_unknown() -> None:
     """A client can tell `not here` from `no such thing` by the code."""
     with pytest.raises(UnsupportedParameter):
-        parse_chat(chat(tools=[{}]), request_id="r")
+        parse_chat(chat(functions=[{}]), request_id="r")
     with pytest.raises(BadRequest) as unknown:
         parse_chat(chat(toolz=[{}]), request_id="r")
     assert unknown.value.code == "bad_request"

@@ -19,7 +19,7 @@ from wires import Cable, World
 from shared.errors import CausewayError, RequestConflict, Unreachable, Unrecoverable
 from shared.executions import Execution, Rules
 from shared.frames import SUBPROTOCOLS, Limits
-from shared.schemas import Delta, FinishReason, Usage
+from shared.schemas import Delta, FinishReason, ToolPiece, Usage
 from shared.streams import ClientRules, Stream
 
 WORDS = st.sampled_from(["a", "b ", "é", "\U0001f600", "", "x" * 700, "\n\x00"])
@@ -40,6 +40,8 @@ class Wire(RuleBasedStateMachine):
         self.texts: dict[Execution, str] = {}
         self.runs: dict[str, list[Execution]] = {}
         self.streams: list[Stream] = []
+        self.called: dict[Execution, str] = {}
+        self.heard: dict[Stream, str] = {}
         self.taken: dict[Stream, str] = {}
         self.ends: dict[Stream, list[FinishReason | CausewayError]] = {}
         self.cancelled: set[Stream] = set()
@@ -61,7 +63,7 @@ class Wire(RuleBasedStateMachine):
     def open(self) -> None:
         stream = self.world.open(f"r{next(self.numbers)}")
         self.streams.append(stream)
-        self.taken[stream], self.ends[stream] = "", []
+        self.taken[stream], self.heard[stream], self.ends[stream] = "", "", []
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data(), word=WORDS)
@@ -73,6 +75,9 @@ class Wire(RuleBasedStateMachine):
             first = "" if self.texts[execution] else f"[{id(execution)}]"  # each run's output is unlike any other's
             self.texts[execution] += first + word
             execution.produce(Delta(text=first + word, tokens=1), self.world.now)
+            if len(word) in (1, 700):
+                self.called[execution] += word
+                execution.produce(Delta(tool_calls=(ToolPiece(0, word),)), self.world.now)
 
     @precondition(lambda self: self.world.cable is not None and self.texts)
     @rule(words=st.lists(WORDS, min_size=1, max_size=8), echo=st.booleans())
@@ -222,8 +227,11 @@ class Wire(RuleBasedStateMachine):
             runs = [self.texts[execution] for execution in self.runs.get(stream.request_id, [])]
             taken = self.taken[stream]
             assert not taken or any(text.startswith(taken) for text in runs)
+            calls = [self.called[execution] for execution in self.runs.get(stream.request_id, [])]
+            assert not self.heard[stream] or any(text.startswith(self.heard[stream]) for text in calls)
             if self.ends[stream] == ["stop"]:
                 assert taken in runs
+                assert self.heard[stream] in calls
 
     @invariant()
     def an_honest_server_is_never_accused(self) -> None:
@@ -277,12 +285,13 @@ class Wire(RuleBasedStateMachine):
             return
         if delta is not None:
             self.taken[stream] += delta.text
+            self.heard[stream] += "".join(piece.arguments for piece in delta.tool_calls)
             if delta.finish_reason:
                 self.ends[stream].append(delta.finish_reason)
 
     def note_starts(self) -> None:
         for execution, request in self.world.started:
-            self.texts[execution] = ""
+            self.texts[execution] = self.called[execution] = ""
             self.runs.setdefault(request.id, []).append(execution)
             self.starts[self.world.registry.epoch, request.id] += 1
         self.world.started.clear()

@@ -7,7 +7,19 @@ import pytest
 from cloud_engine.gateway.completions import ChunkReader, fields_of, path_of
 from shared.errors import BadRequest, RateLimited, UpstreamFailed
 from shared.replies import error_object
-from shared.schemas import ChatRequest, Delta, Grammar, Message, Sampling, TokenLogprob, TopLogprob, Usage
+from shared.schemas import (
+    ChatRequest,
+    Delta,
+    Grammar,
+    Message,
+    Sampling,
+    TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolPiece,
+    TopLogprob,
+    Usage,
+)
 
 MESSAGES = (Message(role="system", content="Be brief."), Message(role="user", content="Hi", name="bo"))
 
@@ -18,6 +30,17 @@ def chat(**sampling: Any) -> ChatRequest:
 
 def completion(prompt: str = "Once", **sampling: Any) -> ChatRequest:
     return ChatRequest(id="r1", model="auto", prompt=prompt, sampling=Sampling(**sampling))
+
+
+def calling() -> ChatRequest:
+    called = Message(role="assistant", content="", tool_calls=(ToolCall(id="1", name="g", arguments="{}"),))
+    turns = (MESSAGES[1], called, Message(role="tool", content="2", tool_call_id="1"))
+    tools = (Tool(name="f"), Tool(name="g"))
+    return ChatRequest(id="r", model="m", messages=turns, tools=tools, tool_choice="required", allowed_tools=("f",))
+
+
+def call(index: int, id: str | None = None, **function: str) -> dict[str, Any]:  # noqa: A002 - the field's name
+    return {"choices": [{"delta": {"tool_calls": [{"index": index, "id": id, "function": function}]}}]}
 
 
 def deltas(request: ChatRequest, *events: Any) -> tuple[list[Delta], ChunkReader]:
@@ -183,13 +206,36 @@ def test_a_stop_string_is_cut_here_too() -> None:
         piece("a", logprobs={"tokens": ["a"], "token_logprobs": [-1.0, -2.0]}),
         piece("a", "content_filter"),
         piece("a", "abort"),
-        piece(None, "tool_calls"),
+        call(0, name="rm", id="1"),
+        call(1, arguments="{}"),
     ],
 )
 def test_what_is_no_answer_is_upstream_failed(event: Any) -> None:
     """Malformed, mistyped, or ended for a reason that is no answer's: a typed error, never a guess."""
     with pytest.raises(UpstreamFailed):
-        deltas(chat(), event)
+        deltas(calling(), event)
+
+
+def test_calls_are_passed_on_and_read() -> None:
+    """Tools go out in OpenAI's form, only those that may be called; calls come back piece by piece."""
+    fields = fields_of(calling(), "m", 100)
+    assert fields["tools"][0]["function"] == {"name": "f", "description": "", "parameters": {"type": "object"}}
+    assert fields["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+    assert fields["messages"][1]["tool_calls"][0]["function"] == {"name": "g", "arguments": "{}"}
+    assert fields["messages"][2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
+    got, reader = deltas(
+        calling(), call(0, name="f", id="x"), call(0, arguments='{"a"'), call(0, arguments=":1}"), piece(None, "stop")
+    )
+    pieces = [one for delta in got for one in delta.tool_calls]
+    assert pieces == [ToolPiece(0, "", "x", "f"), ToolPiece(0, '{"a"'), ToolPiece(0, ":1}")]
+    assert reader.last().finish_reason == "tool_calls"
+
+
+def test_a_call_that_is_announced_must_come() -> None:
+    """An end for calls that were never made is no end of an answer."""
+    _, reader = deltas(calling(), piece(None, "tool_calls"))
+    with pytest.raises(UpstreamFailed):
+        reader.last()
 
 
 def test_an_answer_without_its_end_is_no_answer() -> None:

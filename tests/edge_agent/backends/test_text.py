@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from edge_agent.backends.sampling import Sampled
 from edge_agent.backends.text import TextStream
 from shared.schemas import Delta, Sampling
+from shared.tool_formats import HERMES, ToolReader
 
 BYTES = [bytes([value]) for value in range(256)]
 END = 256
@@ -87,3 +88,22 @@ def test_log_probabilities_come_with_their_text() -> None:
 
     assert [[entry.bytes for entry in delta.logprobs] for delta in deltas] == [[(0xC3,), (0xA9,)], [(0x21,)]]
     assert deltas[1].logprobs[0].token == "!"
+
+
+def test_calls_of_tools_are_told_from_text() -> None:
+    """A call in the text is one in the delta, and the reason says so; the marker is not shown."""
+    answer = b'So.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    stream = TextStream(
+        [*BYTES, b"<end>"],
+        {END},
+        Sampling(),
+        prompt_tokens=7,
+        max_tokens=1000,
+        tools=ToolReader(HERMES, ("f",), "seed"),
+    )
+    deltas = [delta for token in (*answer, END) if (delta := stream.push(Sampled(token))) is not None]
+    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    assert text_of(deltas) == "So."
+    assert (pieces[0].name, "".join(piece.arguments for piece in pieces)) == ("f", '{"a": 1}')
+    assert deltas[-1].finish_reason == "tool_calls"
+    assert sum(delta.tokens for delta in deltas) == len(answer) + 1
