@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cloud_engine.attention import invariant, reference
 from cloud_engine.attention.batch import AttentionBatch, span
 from cloud_engine.engine.chunk import Chunk
-from cloud_engine.engine.config import EngineConfig
+from cloud_engine.engine.config import EngineConfig, Quantization
 from cloud_engine.engine.engine import Engine
 from cloud_engine.engine.runner import Runner
 from cloud_engine.engine.sampler import Sampled
@@ -33,7 +33,8 @@ def folder(tmp_path_factory, request) -> Path:
     return tiny_llama.save(where) if request.param == "llama" else tiny_models.save(where, request.param)
 
 
-def engine(folder: Path, **changes) -> Engine:
+def engine(folder: Path, *, packed: Quantization | None = None, **changes) -> Engine:
+    """Of weights as they are loaded, or packed."""
     values = {
         "model_len": 96,
         "num_blocks": 200,
@@ -44,7 +45,8 @@ def engine(folder: Path, **changes) -> Engine:
         "drafting": True,
         "deterministic": True,
     }
-    return Engine(Runner(load_model(folder), EngineConfig(**(values | changes))))
+    model = load_model(folder)
+    return Engine(Runner(model if packed is None else model.pack(packed), EngineConfig(**(values | changes))))
 
 
 def run(engine: Engine, others: int = 0, seed: int = 0) -> list[Sampled]:
@@ -86,6 +88,14 @@ def test_a_cache_of_8_bits_changes_nothing_of_that(folder):
     alone = run(engine(folder, drafting=False, **fp8))
     assert run(engine(folder, max_num_batched_tokens=9, **fp8), others=6) == alone
     assert alone != run(engine(folder, drafting=False))
+
+
+@pytest.mark.parametrize("packed", ["none", "int8"])
+@pytest.mark.parametrize("folder", ["llama", "qwen3 moe"], indirect=True)
+def test_packed_weights_keep_it(folder, packed):
+    """The products of weights in this processor's own order, exact and quantized, are as independent of the rest."""
+    alone = run(engine(folder, drafting=False, packed=packed))
+    assert run(engine(folder, max_num_batched_tokens=9, packed=packed), others=6) == alone
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
