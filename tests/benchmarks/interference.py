@@ -15,7 +15,7 @@ from shared.schemas import Sampling
 from tests.benchmarks.ratios import Sample
 
 DECODING, QUIET_STEPS = 8, 40
-LONG_PROMPT, PREFIX, REST = 2048, 1000, 8
+LONG_PROMPT = 2048
 TOKENS = range(100, 40_000)
 
 
