@@ -21,7 +21,8 @@ NULL_BLOCK = 0
 
 def chain_root(*extra: str) -> bytes:
     """Hash that a prefix chain starts from. Everything that must not share (tenant, weights, dtype) goes in."""
-    return hashlib.sha256("\0".join(extra).encode()).digest()
+    parts = [text.encode("utf-8", "surrogatepass") for text in extra]
+    return hashlib.sha256(b"".join(len(part).to_bytes(8) + part for part in parts)).digest()
 
 
 def chain_hash(parent: bytes, tokens: list[int]) -> bytes:
