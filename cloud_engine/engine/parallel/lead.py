@@ -81,6 +81,8 @@ class Lead:
             torch.set_num_threads(threads)
         self._part = Part(path, self._asked, 0, meeting)
         rooms = [self._part.room(self._asked), *self._hear("loaded")]
+        if self._asked.device == "cpu":
+            self._folder.cleanup()  # all have met; NCCL connects, through the same file, at its first use only
         self.config = _resolved(self._asked, whole, room=min(rooms))
         self._tell(Begin(self.config, self._text))
         runner = self._part.runner(self.config, self._text)

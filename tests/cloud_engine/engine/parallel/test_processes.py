@@ -145,8 +145,8 @@ async def test_a_dead_rank_ends_the_answers(tiny_model):
     await answer.aclose()
 
 
-def test_ranks_end_with_rank_0(tiny_model):
-    """However rank 0 ends: here it is killed, and can say nothing to anybody."""
+def test_ranks_end_with_rank_0(tiny_model, tmp_path):
+    """However rank 0 ends: here it is killed, and can tell nobody. The folder they met in is gone already."""
     code = (
         "import sys; from pathlib import Path; from cloud_engine.engine.build import build\n"
         "from cloud_engine.engine.config import EngineConfig\n"
@@ -154,12 +154,14 @@ def test_ranks_end_with_rank_0(tiny_model):
         "print('pid', *(other.process.pid for other in engine.runner._others), flush=True)\n"
         "sys.stdin.read()\n"
     )
-    lead = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command, env = [sys.executable, "-c", code], os.environ | {"TMPDIR": str(tmp_path)}
+    lead = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     with lead:
         pid = next(int(line.split()[1]) for line in lead.stdout if line.startswith("pid"))  # the log is there too
         assert not gone(pid)
         lead.kill()
     wait_for(lambda: gone(pid))
+    assert not list(tmp_path.glob("causeway-*"))
 
 
 def test_a_rank_that_cannot_start_is_an_error(tiny_model, monkeypatch, tmp_path):
