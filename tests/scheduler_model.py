@@ -12,8 +12,9 @@ from collections.abc import Callable
 from cloud_engine.engine.blocks import NULL_BLOCK, chain_root
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.order import rank
-from cloud_engine.engine.scheduler import Scheduler, Work
+from cloud_engine.engine.scheduler import Scheduler
 from cloud_engine.engine.sequence import Sequence, State
+from cloud_engine.engine.work import Work
 from shared.errors import CausewayError
 from shared.schemas import Priority, Sampling
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 
 from cloud_engine.engine.lookup import Lookup
-from cloud_engine.engine.scheduler import Work
 from cloud_engine.engine.sequence import Sequence
+from cloud_engine.engine.work import Work
 
 
 class Drafter:

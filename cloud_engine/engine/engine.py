@@ -16,9 +16,10 @@ from cloud_engine.engine.drafting import Drafter
 from cloud_engine.engine.draw import has_penalty
 from cloud_engine.engine.executor import Executor
 from cloud_engine.engine.sampler import Sampled
-from cloud_engine.engine.scheduler import Scheduler, Work
+from cloud_engine.engine.scheduler import Scheduler
 from cloud_engine.engine.sequence import Ending, Guide, Sequence, Verified
 from cloud_engine.engine.verify import Verifier, kept
+from cloud_engine.engine.work import Work
 from shared.errors import BadRequest
 from shared.schemas import Priority, Sampling
 

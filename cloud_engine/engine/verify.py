@@ -17,8 +17,9 @@ from collections.abc import Sequence as List
 
 from cloud_engine.engine.draw import Odds
 from cloud_engine.engine.sampler import Sampled
-from cloud_engine.engine.scheduler import Scheduler, Work
+from cloud_engine.engine.scheduler import Scheduler
 from cloud_engine.engine.sequence import Round, Sequence, State, Verified
+from cloud_engine.engine.work import Work
 from shared.errors import BadRequest, StaleDraft, UnknownRequest
 
 MAX_DRAFT = 32

@@ -9,8 +9,8 @@ from cloud_engine.engine import grammar as grammars
 from cloud_engine.engine.draw import Draw
 from cloud_engine.engine.grammar import MAX_COMPILED, GrammarCompiler
 from cloud_engine.engine.sampler import sample
-from cloud_engine.engine.scheduler import Work
 from cloud_engine.engine.sequence import Sequence
+from cloud_engine.engine.work import Work
 from shared.errors import BadRequest, Overloaded
 from shared.schemas import Grammar, Sampling
 

@@ -104,7 +104,7 @@ RULES = {
     "what stands still is lost": ("scheduler", "Scheduler.resume", "self.waiting.put_back(sequence)", "pass"),
     "what stands still keeps its place": ("scheduler", "Scheduler._hold", "self.running.remove(sequence)", "pass"),
     "deadlines are not seen": ("scheduler", "Scheduler.tick", "at > now", "True"),
-    "a chunk starts a token late": ("scheduler", "Work.chunk", "self.start :", "self.start + 1 :"),
+    "a chunk starts a token late": ("work", "Work.chunk", "self.start :", "self.start + 1 :"),
     "output is lost": (
         "sequence",
         "Sequence.reset",
