@@ -115,7 +115,7 @@ def test_a_prompt_being_prefilled_does_not_draft():
 )
 def test_a_cpu_drafts_and_a_gpu_does_when_asked(device, asked, drafts):
     """Unset means: where it is known to win."""
-    config = resolve(EngineConfig(device=device, drafting=asked), model_len=64, token_bytes=64)
+    config = resolve(EngineConfig(device=device, drafting=asked, num_blocks=9), model_len=64, token_bytes=64)
     assert (config.drafting, config.free_rows > 0) == (drafts, True)
 
 
