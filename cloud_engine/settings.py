@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from cloud_engine.engine.config import MAX_RANKS, DType, EngineConfig, KvDType, Quantization
+from cloud_engine.engine.config import MAX_RANKS, DType, EngineConfig, KvDType, Pooling, Quantization
 from cloud_engine.gateway.limits import TenantLimits
 from shared.config import Settings
 from shared.guard import Guard
@@ -81,6 +81,8 @@ class CloudSettings(Settings):
     kv_dtype: KvDType = "auto"
     """Of the KV cache: that of the weights, or `fp8` (e4m3), a byte a number."""
     quantization: Quantization = "none"
+    pooling: Pooling = "mean"
+    """What an embedding is of the hidden states of its input: their mean, or the last one."""
     device: str = "cpu"
     tensor_parallel: Annotated[int, Field(ge=1, le=MAX_RANKS)] = 1
     """Processes, each with a GPU if `device` is cuda, that share every matrix of the model."""
@@ -175,6 +177,7 @@ class CloudSettings(Settings):
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             quantization=self.quantization,
+            pooling=self.pooling,
             device=self.device,
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,

@@ -1,4 +1,5 @@
-"""The bodies of OpenAI's `chat.completions` and `completions`, as types: what is implemented, harmless or neutral."""
+"""The bodies of OpenAI's `chat.completions`, `completions` and `embeddings`, as types: what is implemented, harmless or
+neutral."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -129,6 +130,14 @@ class ChatBody(CommonBody, kw_only=True):
 class CompletionBody(CommonBody, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
+
+
+class EmbeddingBody(msgspec.Struct, kw_only=True):
+    model: str
+    input: str | list[Any]
+    encoding_format: str = "float"
+    dimensions: int | None = None
+    user: str = ""
 
 
 class MessageBody(msgspec.Struct, kw_only=True):

@@ -1,6 +1,6 @@
 """The OpenAI HTTP surface that both ends serve: routes over one `Answer`, server-sent events, error objects.
 
-    POST /v1/chat/completions  /v1/completions
+    POST /v1/chat/completions  /v1/completions  (and /v1/embeddings, where there are any)
     GET  /v1/models  /v1/models/{id}  /health  /metrics
 
 The status line waits for the first token, so that an error before it has a real status; an error after it is an
@@ -26,6 +26,7 @@ from starlette.routing import Route as HttpRoute
 from starlette.types import Receive, Scope, Send
 
 from shared.choices import merged
+from shared.embeddings import Embed, EmbeddingRequest, Encoding, embedding_reply, parse_embeddings
 from shared.errors import (
     BadRequest,
     CausewayError,
@@ -54,6 +55,7 @@ MAX_CLIENT_ID = 120
 MAX_HEADER_VALUE = 256
 
 AnswerFor = Callable[[Mapping[str, str]], Answer]
+EmbedFor = Callable[[Mapping[str, str]], Embed]
 
 
 class _Parse(Protocol):
@@ -68,11 +70,13 @@ def create_app(
     registry: CollectorRegistry,
     source: Source,
     guard: Guard,
+    embed_for: EmbedFor | None = None,
 ) -> FastAPI:
     """Build the surface.
 
     `answer_for` gets a request's headers (names in lower case) and says who answers it, or raises, say, Unauthorized;
-    every route but `/health` asks it first. `/health` is 200 while `health()["status"]` is "ok", else 503.
+    every route but `/health` asks it first (for embeddings: `embed_for`, without which there are none).
+    `/health` is 200 while `health()["status"]` is "ok", else 503.
     """
     app = FastAPI(
         openapi_url=None,
@@ -114,6 +118,8 @@ def create_app(
         HttpRoute("/health", state),
         HttpRoute("/metrics", metrics),
     ]
+    if embed_for is not None:
+        app.router.routes.append(HttpRoute("/v1/embeddings", _Embed(embed_for, source), methods=["POST"]))
     return app
 
 
@@ -146,16 +152,78 @@ class _Generate:
             await reply.fail(Overloaded("the server is stopping", source=self._source, retry_after=1))
 
 
-class _Reply:
-    """Sends one answer. Whatever happens, the client gets the end of it or an explicit error."""
+class _Embed:
+    """ASGI endpoint: texts in, vectors out."""
 
-    def __init__(self, call: Call, send: Send, request_id: str, reply_id: str, source: Source) -> None:
-        self._call = call
+    def __init__(self, embed_for: EmbedFor, source: Source) -> None:
+        self._embed_for = embed_for
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        own_id = f"req_{uuid.uuid4().hex}"
+        request_id = headers.get("x-request-id") or own_id
+        try:
+            embed = self._embed_for(headers)
+            _check_id(request_id)
+            request, encoding = parse_embeddings(await _read_body(receive), request_id=own_id)
+        except _Left:
+            return
+        reply = _Vectors(send, request_id, self._source)
+        try:
+            await _while_connected(reply.run(embed, request, encoding), receive)
+        except asyncio.CancelledError:
+            await reply.fail(Overloaded("the server is stopping", source=self._source, retry_after=1))
+
+
+class _Response:
+    """Sends what one request is answered with."""
+
+    def __init__(self, send: Send, request_id: str, source: Source) -> None:
         self._send = send
         self._request_id = request_id
-        self._reply_id = reply_id
         self._source = source
         self._started = False
+
+    async def fail(self, error: CausewayError) -> None:
+        if self._started:
+            await self._write(error_event(error), more=False)
+        else:
+            self._started = True
+            await send_error(self._send, error, [(b"x-request-id", self._request_id.encode())])
+
+    async def _start(self, media_type: bytes, route: Route | None, extra: list[Header]) -> None:
+        self._started = True
+        headers = [(b"content-type", media_type), (b"x-request-id", self._request_id.encode()), *extra]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers + _route_headers(route)})
+
+    async def _write(self, body: bytes, *, more: bool) -> None:
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT):
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError as error:
+            raise SlowConsumer("the client stopped reading", source=self._source) from error
+
+
+class _Vectors(_Response):
+    async def run(self, embed: Embed, request: EmbeddingRequest, encoding: Encoding) -> None:
+        try:
+            made = await embed(request)
+            body = await asyncio.to_thread(embedding_reply, made, request.model, encoding)
+        except Exception as error:
+            await self.fail(typed(error, self._source))
+            return
+        await self._start(b"application/json", None, [(b"content-length", b"%d" % len(body))])
+        await self._write(body, more=False)
+
+
+class _Reply(_Response):
+    """One answer. Whatever happens, the client gets the end of it or an explicit error."""
+
+    def __init__(self, call: Call, send: Send, request_id: str, reply_id: str, source: Source) -> None:
+        super().__init__(send, request_id, source)
+        self._call = call
+        self._reply_id = reply_id
 
     async def run(self, answer: Answer) -> None:
         deltas, limit = merged(answer, self._call.requests), self._call.deadline_s
@@ -173,11 +241,7 @@ class _Reply:
     async def fail(self, error: CausewayError) -> None:
         if error.param == "grammar":
             error.param = self._call.grammar_field
-        if self._started:
-            await self._write(error_event(error), more=False)
-        else:
-            self._started = True
-            await send_error(self._send, error, [(b"x-request-id", self._request_id.encode())])
+        await super().fail(error)
 
     async def _stream(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> None:
         chunks = Chunks(self._call, reply_id=self._reply_id, created=int(time.time()))
@@ -200,18 +264,6 @@ class _Reply:
         body = whole.end()
         await self._start(b"application/json", whole.route, [(b"content-length", b"%d" % len(body))])
         await self._write(body, more=False)
-
-    async def _start(self, media_type: bytes, route: Route | None, extra: list[Header]) -> None:
-        self._started = True
-        headers = [(b"content-type", media_type), (b"x-request-id", self._request_id.encode()), *extra]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers + _route_headers(route)})
-
-    async def _write(self, body: bytes, *, more: bool) -> None:
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT):
-                await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError as error:
-            raise SlowConsumer("the client stopped reading", source=self._source) from error
 
 
 class _Left(Exception):

@@ -88,7 +88,7 @@ def parse_chat(body: bytes, *, request_id: str, label: str | None = None) -> Cal
 
     `label` is what the header `x-causeway-label` says; the stricter of header and body holds.
     """
-    chat = _read(_json_object(body), ChatBody, NEUTRAL_CHAT)
+    chat = read_fields(json_object(body), ChatBody, NEUTRAL_CHAT)
     if chat.top_logprobs is not None and not chat.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     limits = {chat.max_tokens, chat.max_completion_tokens} - {None}
@@ -105,7 +105,7 @@ def parse_chat(body: bytes, *, request_id: str, label: str | None = None) -> Cal
 
 def parse_completion(body: bytes, *, request_id: str, label: str | None = None) -> Call:
     """Read the body of `POST /v1/completions`; otherwise like `parse_chat`."""
-    text = _read(_json_object(body), CompletionBody, NEUTRAL_COMPLETION)
+    text = read_fields(json_object(body), CompletionBody, NEUTRAL_COMPLETION)
     prompt = text.prompt
     if isinstance(prompt, list):
         if len(prompt) != 1 or not isinstance(prompt[0], str):
@@ -210,7 +210,7 @@ def _biases(raw: Mapping[str, float]) -> dict[int, float]:
 
 
 def _message(raw: dict[str, Any], where: str) -> Message:
-    message = _read(raw, MessageBody, NEUTRAL_MESSAGE, where)
+    message = read_fields(raw, MessageBody, NEUTRAL_MESSAGE, where)
     role = _ROLES.get(message.role)
     if role is None:
         raise BadRequest(f"role must be one of {', '.join(_ROLES)}", param=f"{where}.role")
@@ -239,7 +239,7 @@ def _text(raw: dict[str, Any], where: str) -> str:
     if isinstance(kind, str) and kind != "text":
         known = kind if kind in NEUTRAL_PART else "this type"
         raise UnsupportedParameter(f"only parts of type text are supported, not {known}", param=f"{where}.type")
-    return _read(raw, PartBody, NEUTRAL_PART, where).text
+    return read_fields(raw, PartBody, NEUTRAL_PART, where).text
 
 
 def _label(value: str, param: str) -> Label:
@@ -259,7 +259,8 @@ def _stricter(one: Label, other: Label) -> Label:
     return next(label for label in LABELS if label in (one, other))
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """A body that is one JSON object. Raises BadRequest."""
     try:
         value = msgspec.json.decode(body)
     except UnicodeDecodeError as error:
@@ -288,7 +289,7 @@ def _undecodable(body: bytes) -> str | None:
     return None
 
 
-def _read(raw: dict[str, Any], model: type[_S], neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> _S:
+def read_fields(raw: dict[str, Any], model: type[_S], neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> _S:
     """Check names first, so that an unknown field is told from an unimplemented one, then types."""
     prefix = f"{where}." if where else ""
     given = {name: value for name, value in raw.items() if value is not None}

@@ -5,6 +5,7 @@ from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
 KvDType = Literal["auto", "fp8"]
+Pooling = Literal["mean", "last"]
 Quantization = Literal["none", "int8"]
 MAX_RANKS = 64
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,6 +39,7 @@ class EngineConfig:
     kv_dtype: of the cache; "auto" is `dtype`, "fp8" takes a byte a number, and needs `kv_scales`.
     kv_scales: for each layer what its keys and its values are divided by. Frozen like all else here, and part of what
         prefixes are found by: a block is never read under other scales than it was written with.
+    pooling: what an embedding is of the hidden states of its input: their mean, or the last one.
     async_depth: steps that are launched before the results of the step before are looked at, 0 or 1 (None: 1 on a GPU,
         0 on a CPU). With 1, scheduling and text are made while the device computes; outputs are the same.
     cuda_graphs: on CUDA, record decode steps once and replay them, if the kernel and the model allow.
@@ -62,6 +64,7 @@ class EngineConfig:
     kv_dtype: KvDType = "auto"
     kv_scales: tuple[tuple[float, float], ...] = ()
     quantization: Quantization = "none"
+    pooling: Pooling = "mean"
     device: str = "cpu"
     async_depth: int | None = None
     cuda_graphs: bool = True

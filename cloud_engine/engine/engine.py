@@ -14,6 +14,7 @@ from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.device import Result, device_for
 from cloud_engine.engine.drafting import Drafter
 from cloud_engine.engine.draw import has_penalty
+from cloud_engine.engine.embedder import Embedder
 from cloud_engine.engine.executor import Executor
 from cloud_engine.engine.sampler import Sampled
 from cloud_engine.engine.scheduler import Scheduler
@@ -59,6 +60,7 @@ class EngineStats:
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    embedded_tokens: int = 0
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -82,6 +84,7 @@ class Engine:
         self.config: EngineConfig = runner.config
         self.runner = runner
         self.scheduler = Scheduler(self.config)
+        self.embedder = Embedder(runner, self.scheduler)
         self.clock = clock
         self._device = device_for(runner)
         self._launched: deque[tuple[list[Work], Result, float]] = deque()
@@ -155,7 +158,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self._launched)
+        scheduler = self.scheduler
+        return bool(scheduler.running or scheduler.waiting or self._launched or self.embedder.has_work)
 
     def expire(self) -> list[Sequence]:
         """End the requests that cannot be answered by their deadline any more. To be called before each step."""
@@ -163,8 +167,13 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Schedule and launch a step, then settle: that step, or with `async_depth` 1 the one before, whose results
-        have come in the meantime. Empty when nothing was due, or when only parts of prompts were computed."""
+        have come in the meantime. Empty when nothing was due, or when only parts of prompts were computed. If there
+        are texts to embed, a step of these comes first."""
         outputs: list[Output] = []
+        if self.embedder.has_work:
+            while self._launched:
+                outputs += self._settle()
+            self.embedder.step()
         running, drafter = self.scheduler.running, self._drafter
         if any(item.waits for work, _, _ in self._launched for item in work) or (drafter and drafter.hopes(running)):
             outputs += self._settle()
@@ -230,4 +239,5 @@ class Engine:
             generated_tokens=self._generated,
             drafted_tokens=scheduler.counters.drafted_tokens,
             accepted_tokens=scheduler.counters.accepted_tokens,
+            embedded_tokens=self.embedder.tokens,
         )

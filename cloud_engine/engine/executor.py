@@ -25,5 +25,12 @@ class Executor(Protocol):
         """Logits [n, vocab] of all rows that are wanted, in order. `last` are the tokens [n] that the step before
         sampled; needed where a chunk has `previous`. An error means that nothing can be computed any more."""
 
+    @property
+    def embeds(self) -> bool:
+        """Whether `hidden` may be called: not where several processes have parts of the model."""
+
+    def hidden(self, chunks: list[Chunk]) -> Tensor:
+        """Hidden states [T, hidden] after the last norm, of every row of these chunks."""
+
     def close(self) -> None:
         """Idempotent."""

@@ -79,22 +79,46 @@ class Runner:
         with torch.inference_mode():
             self.host.apply(swap for chunk in chunks for swap in chunk.swaps)
             if self.config.deterministic:
-                return torch.cat([self._tile(tile) for tile in tiles(chunks)])
+                parts = (self._tile(tile) for tile in tiles(chunks))
+                return torch.cat([self._logits(*part) for part in parts])
             if self.graphs is not None and self.graphs.fits(chunks):
                 return self.graphs.run(chunks, lambda tokens: self._resolve(chunks, tokens, last))
-            tokens, positions, rows = _rows(chunks)
-            inputs = self._tensor(tokens)
+            inputs, views, rows = self._whole(chunks)
             self._resolve(chunks, inputs, last)
-            batch = self._packed if self.packed else self._batch
-            views = self._views(self._tensor(positions), partial(batch, chunks))
-            return self.model(inputs, views, self.attend, self.caches, self._tensor(rows))
+            return self._logits(inputs, views, rows)
 
-    def _tile(self, chunks: list[Chunk]) -> Tensor:
-        """A part of a deterministic step. Rows that pad it are written to the null block."""
+    def hidden(self, chunks: list[Chunk]) -> Tensor:
+        """Hidden states [T, hidden] after the last norm, of every row of these chunks. Needs a `Decoder` that is whole,
+        see `embeds`."""
+        model = self.model
+        if not isinstance(model, Decoder):
+            raise TypeError("only a whole model has hidden states")
+        with torch.inference_mode():
+            self.host.apply(swap for chunk in chunks for swap in chunk.swaps)
+            parts = map(self._tile, tiles(chunks)) if self.config.deterministic else [self._whole(chunks)]
+            rows = [model.hidden(inputs, views, self.attend, self.caches) for inputs, views, _ in parts]
+            return torch.cat(rows)[: sum(chunk.count for chunk in chunks)]
+
+    @property
+    def embeds(self) -> bool:
+        return isinstance(self.model, Decoder) and self.config.num_ranks == 1
+
+    def _logits(self, inputs: Tensor, views: list[View], rows: Tensor) -> Tensor:
+        return self.model(inputs, views, self.attend, self.caches, rows)
+
+    def _whole(self, chunks: list[Chunk]) -> tuple[Tensor, list[View], Tensor]:
+        """A step's tokens, how its layers see them, and the rows whose logits are wanted."""
+        tokens, positions, rows = _rows(chunks)
+        batch = self._packed if self.packed else self._batch
+        views = self._views(self._tensor(positions), partial(batch, chunks))
+        return self._tensor(tokens), views, self._tensor(rows)
+
+    def _tile(self, chunks: list[Chunk]) -> tuple[Tensor, list[View], Tensor]:
+        """The same of a part of a deterministic step. Rows that pad it are written to the null block."""
         tokens, positions, rows = _rows(chunks)
         padding = [0] * (ROWS - len(tokens))
         views = self._views(self._tensor(positions + padding), partial(self._tiled, chunks))
-        return self.model(self._tensor(tokens + padding), views, self.attend, self.caches, self._tensor(rows))
+        return self._tensor(tokens + padding), views, self._tensor(rows)
 
     def _tiled(self, chunks: list[Chunk], window: int | None) -> AttentionBatch:
         size = self.config.block_size

@@ -181,6 +181,14 @@ class Scheduler:
         sequence.block_table = []
         return True
 
+    def lend(self, count: int) -> list[int] | None:
+        """Blocks for what is no sequence, to be given back by `pool.release`: none while those running may need them.
+        A copy of evicted blocks may be due before they are written, see `HostCache.drain`."""
+        while not self.pool.fits([], count, spare=len(self.running)):
+            if not self._take_from_held():
+                return None
+        return self.pool.take([], count)
+
     def resume(self, sequence: Sequence, draft: tuple[int, ...], odds: tuple[Odds, ...]) -> None:
         """A held sequence goes on with this draft; if its place or its blocks are taken, once it is admitted again."""
         del self.held[sequence]

@@ -24,7 +24,9 @@ from cloud_engine.engine.places import Places
 from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.stream import TextStream
 from cloud_engine.engine.tool_grammar import tool_grammar
+from cloud_engine.engine.vectors import VectorRequests
 from cloud_engine.model.tokenizer import Tokenizer
+from shared.embeddings import EmbeddingRequest, Embeddings
 from shared.errors import (
     BadRequest,
     CausewayError,
@@ -79,6 +81,15 @@ class EngineAnswer:
         self._stats = engine.stats()
         self._end: Callable[[], CausewayError] | None = None
         """Why nothing is answered any more; a new error each time, since one that is raised collects tracebacks."""
+        self._vectors = VectorRequests(
+            engine.embedder,
+            tokenizer,
+            self._encoder,
+            self._wake,
+            lambda: self._end() if self._end else None,
+            max_waiting=engine.config.max_waiting,
+            model_len=engine.config.model_len,
+        )
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -135,6 +146,10 @@ class EngineAnswer:
                     return
         finally:
             self._withdraw(live)
+
+    async def embed(self, request: EmbeddingRequest, *, salt: str = "") -> Embeddings:
+        """A vector for each input of a request; cancelled, it stops costing compute."""
+        return await self._vectors.embed(request, salt)
 
     def _reader(self, request: ChatRequest) -> ToolReader | None:
         names = [tool.name for tool in request.calling]
@@ -216,24 +231,31 @@ class EngineAnswer:
                 self._end = partial(UpstreamFailed, f"the engine failed: {type(error).__name__}")
         # Nothing arrives once `_end` is set, so these are all that could be waiting.
         self._deliver([(live, self._end()) for live in (*self._live.values(), *self._arriving) if self._end])
+        self._vectors.end()
         self._engine.close()
 
     def _obey(self) -> bool:
         """Sleep until there is something to do; take in who came, drop who left. False if the engine is to stop."""
         with self._wake:
-            self._wake.wait_for(lambda: self._arriving or self._leaving or self._end or self._engine.has_work)
+            self._wake.wait_for(self._has_work)
             if self._end is not None:
                 return False
             arriving, self._arriving = self._arriving, deque()
             leaving, self._leaving = self._leaving, deque()
             for live in arriving:
                 self._arrivals.leave(live.salt)
+        self._vectors.admit()
         for live in arriving:
             self._admit(live)
         for live in leaving:
             self._engine.abort(live.id)
             self._live.pop(live.id, None)
         return True
+
+    def _has_work(self) -> bool:
+        return bool(
+            self._arriving or self._leaving or self._vectors.arriving or self._end is not None or self._engine.has_work
+        )
 
     def _step(self) -> list[tuple[_Live, Delta | CausewayError]]:
         expired = [self._give_up(sequence) for sequence in self._engine.expire()]

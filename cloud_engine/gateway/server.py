@@ -3,8 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from typing import Any, Protocol
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 from fastapi import FastAPI
@@ -15,14 +17,15 @@ from prometheus_client.registry import Collector
 from cloud_engine.gateway.limits import Limiter, TenantLimits
 from cloud_engine.gateway.names import VIRTUAL_MODELS
 from cloud_engine.gateway.socket import SocketEndpoint
-from shared.errors import CausewayError, Overloaded, UnknownModel
+from shared.embeddings import Embed, EmbeddingRequest, Embeddings
+from shared.errors import CausewayError, Overloaded, UnknownModel, UnsupportedParameter
 from shared.executions import Rules
 from shared.frames import Limits
 from shared.guard import Guard
 from shared.http import create_app
 from shared.keys import Keys
 from shared.schemas import Answer, ChatRequest, Delta, ModelCard, Route, Usage
-from shared.telemetry import Listener, RequestMetrics, observed
+from shared.telemetry import Listener, RequestFinished, RequestMetrics, observed
 
 LOCAL_TENANT = "local"
 PROMPT_CHARS_PER_TOKEN = 4
@@ -36,6 +39,7 @@ _GAUGES = (
 _COUNTERS = (
     "prefix_hit_tokens", "prefix_host_hit_tokens", "prefix_query_tokens", "swapped_out_blocks", "swapped_in_blocks",
     "preemptions", "expired", "generated_tokens", "drafted_tokens", "accepted_tokens",
+    "embedded_tokens",
 )  # fmt: skip
 
 
@@ -60,6 +64,13 @@ class ServedEngine(Protocol):
 
     def answer(self, request: ChatRequest, *, salt: str = "") -> AsyncGenerator[Delta, None]:
         """`salt`: only requests with the same one share cached prefixes, so that no tenant can time another's."""
+
+
+@runtime_checkable
+class EmbeddingEngine(Protocol):
+    """An engine that can turn texts into vectors, too."""
+
+    async def embed(self, request: EmbeddingRequest, *, salt: str = "") -> Embeddings: ...
 
 
 class Backend(ServedEngine, Protocol):
@@ -134,6 +145,7 @@ class Gateway:
             registry=registry,
             source="cloud",
             guard=guard,
+            embed_for=self._embed_for,
         )
         app.router.routes.append(self._socket.route())
         return app
@@ -144,30 +156,67 @@ class Gateway:
     def _http_answer(self, headers: Mapping[str, str]) -> Answer:
         return _Observed(self._tenants_answer(self._tenant_of(headers)), self._listeners, self._clock)
 
+    def _embed_for(self, headers: Mapping[str, str]) -> Embed:
+        return partial(self.embed, tenant=self._tenant_of(headers))
+
     def _tenants_answer(self, tenant: str) -> "TenantAnswer":
         return TenantAnswer(self, tenant)
 
     async def answer(self, request: ChatRequest, tenant: str) -> AsyncGenerator[Delta, None]:
         """One request of one tenant: admitted, counted, answered by the engine, its route said."""
+        with self._admitted(request.model, tenant, _reservation(request)) as bill:
+            first = True
+            async with aclosing(self._engine.answer(request, salt=tenant)) as deltas:
+                async for delta in deltas:
+                    bill.used = _total(delta.usage) if delta.usage else bill.used + delta.tokens
+                    yield self._said(delta, request.model, first=first)
+                    first = False
+
+    async def embed(self, request: EmbeddingRequest, *, tenant: str) -> Embeddings:
+        """One request of one tenant for vectors: admitted, counted, reported as one usage event."""
+        start = self._clock()
+        event = RequestFinished(request.id, request.model, "cancelled", 0.0, tenant=tenant)
+        try:
+            made = await self._embed(request, tenant)
+            usage = Usage(prompt_tokens=made.prompt_tokens, completion_tokens=0)
+            event = replace(event, outcome="done", usage=usage)
+        except Exception as error:
+            code = error.code if isinstance(error, CausewayError) else "internal"
+            event = replace(event, outcome="error", error_code=code)
+            raise
+        finally:
+            event = replace(event, total_s=self._clock() - start)
+            for listener in self._listeners:
+                listener(event)
+        return made
+
+    async def _embed(self, request: EmbeddingRequest, tenant: str) -> Embeddings:
+        engine = self._engine
+        if not isinstance(engine, EmbeddingEngine) or request.model in self._others:
+            raise UnsupportedParameter("this model has no embeddings here", param="model", source="cloud")
+        with self._admitted(request.model, tenant, request.size // PROMPT_CHARS_PER_TOKEN) as bill:
+            made = await engine.embed(request, salt=tenant)
+            bill.used = made.prompt_tokens
+            return made
+
+    @contextmanager
+    def _admitted(self, model: str, tenant: str, reserved: int) -> Iterator["_Bill"]:
+        """Counts a request in, or raises; and out again, with what it used by then."""
         if self.draining:
             raise Overloaded("the server is draining", source="cloud", retry_after=1.0)
-        self._check_model(request)
-        reserved, used, first = _reservation(request), 0, True
+        self._check_model(model)
+        bill = _Bill()
         self._limiter.enter(tenant, reserved, self._clock())
         self._count(1)
         try:
-            async with aclosing(self._engine.answer(request, salt=tenant)) as deltas:
-                async for delta in deltas:
-                    used = _total(delta.usage) if delta.usage else used + delta.tokens
-                    yield self._said(delta, request.model, first=first)
-                    first = False
+            yield bill
         finally:
-            self._limiter.leave(tenant, reserved, used)
+            self._limiter.leave(tenant, reserved, bill.used)
             self._count(-1)
 
-    def _check_model(self, request: ChatRequest) -> None:
+    def _check_model(self, model: str) -> None:
         names = [card.id for card in self.cards]
-        if request.model not in names:
+        if model not in names:
             raise UnknownModel(f"no such model here; there are {', '.join(names)}", param="model", source="cloud")
 
     def _said(self, delta: Delta, asked: str, *, first: bool) -> Delta:
@@ -190,6 +239,13 @@ class Gateway:
                 await self._idle.wait()
         except TimeoutError:
             return
+
+
+@dataclass(slots=True)
+class _Bill:
+    """Tokens that a request has used so far."""
+
+    used: int = 0
 
 
 class TenantAnswer:

@@ -63,6 +63,10 @@ class Decoder:
         """`views` and `caches` have one for each layer."""
         return self.predict(self.through(self.embed(tokens), views, attend, caches)[sampled])
 
+    def hidden(self, tokens: Tensor, views: Sequence[View], attend: Attention, caches: Sequence[Tensor]) -> Tensor:
+        """What the output projection would see of every row: [T, hidden]."""
+        return self.norm(self.through(self.embed(tokens), views, attend, caches))
+
     def embed(self, tokens: Tensor) -> Tensor:
         if self.peers.size == 1:
             return F.embedding(tokens, self.embedding)

@@ -65,6 +65,13 @@ class Lead:
                 torch.cuda.synchronize(self.device)
         return logits
 
+    @property
+    def embeds(self) -> bool:
+        return False
+
+    def hidden(self, chunks: list[Chunk]) -> Tensor:
+        raise NotImplementedError("hidden states of several ranks")
+
     def close(self) -> None:
         """Idempotent."""
         self._watch.close()

@@ -95,6 +95,7 @@ async def test_with_keys_every_route_but_health_needs_one(keys: tuple[Keys, str,
         assert routes == {
             CHAT,
             "/v1/completions",
+            "/v1/embeddings",
             "/v1/models",
             "/v1/models/{name:path}",
             "/health",
@@ -103,9 +104,10 @@ async def test_with_keys_every_route_but_health_needs_one(keys: tuple[Keys, str,
         }
         for value in ({}, {"authorization": one[:-1] + "x"}, {"authorization": one.removeprefix("Bearer ")}):
             async with running.client(**value) as http:
-                for method, path in (("POST", CHAT), ("POST", "/v1/completions"), ("GET", "/v1/models"),
-                                     ("GET", "/v1/models/auto"), ("GET", "/metrics")):  # fmt: skip
-                    assert (await http.request(method, path, content=chat())).status_code == 401, path
+                for path in (CHAT, "/v1/completions", "/v1/embeddings"):
+                    assert (await http.post(path, content=chat())).status_code == 401, path
+                for path in ("/v1/models", "/v1/models/auto", "/metrics"):
+                    assert (await http.get(path)).status_code == 401, path
                 assert (await http.get("/health")).status_code == 200
             assert await upgrade(running.port, value) == 401
         assert not running.engine.salts
