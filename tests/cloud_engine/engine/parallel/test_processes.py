@@ -185,6 +185,7 @@ def test_a_rank_that_cannot_start_is_an_error(tiny_model, monkeypatch, tmp_path)
         ({"tensor_parallel": 2, "device": "cuda:1"}, ValueError, "cuda:1"),
         ({"tensor_parallel": 2, "rank_timeout": 0.0}, ValueError, "rank_timeout"),
         ({"pipeline_parallel": 2, "deterministic": True}, ValueError, "deterministic"),
+        ({"tensor_parallel": 2, "deterministic": True}, ValueError, "deterministic"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(tiny_model, monkeypatch, config, error, named):
