@@ -181,8 +181,9 @@ class Engine:
             drafter.propose(running)
         if work := self.scheduler.schedule():
             draws = [draw for item in work for draw in item.draws()]
+            launched = self.clock()  # before: a device that computes at once is done when `launch` returns
             result = self._device.launch([item.chunk() for item in work], draws)
-            self._launched.append((work, result, self.clock()))
+            self._launched.append((work, result, launched))
             self._steps += 1
         if self._launched and (not work or len(self._launched) > (self.config.async_depth or 0)):
             outputs += self._settle()

@@ -1,10 +1,12 @@
 import pytest
+import tiny_llama
 from scheduler_model import advance, drain, limits, request
 
 from cloud_engine.engine.deadlines import MARGIN, Deadlines, Pace
 from cloud_engine.engine.scheduler import Scheduler
 from cloud_engine.engine.sequence import Sequence, State
 from shared.errors import DeadlineExceeded
+from shared.schemas import Sampling
 
 
 def scheduler(seconds_a_token: float = 0.0, **changes) -> Scheduler:
@@ -157,3 +159,20 @@ def test_watching_costs_no_memory_for_what_ended() -> None:
     assert len(deadlines) < 200
     assert deadlines.due(1e6) == live[::-1]
     assert len(deadlines) == 0
+
+
+def test_the_engine_measures_what_its_steps_take(tiny_model, monkeypatch):
+    """Also where a step is computed while it is launched: the time that passes then is the step's."""
+    engine = tiny_llama.engine(tiny_model, max_num_batched_tokens=16, prefix_caching=False)
+    now, run = [100.0], engine.runner.run
+
+    def slowly(*args):
+        now[0] += 8.0
+        return run(*args)
+
+    monkeypatch.setattr(engine.runner, "run", slowly)
+    engine.clock = lambda: now[0]
+    engine.add("a", [5] * 32, Sampling(temperature=0, max_tokens=2))
+    while engine.has_work:
+        engine.step()
+    assert engine.scheduler.pace.least_seconds(16) == pytest.approx(8.0 / MARGIN)
