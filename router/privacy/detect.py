@@ -5,6 +5,7 @@ done. Only those kinds are then searched for, and their candidates checked.
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -62,38 +63,41 @@ class Detector:
         options.case_sensitive = False
         self._contexts = [re2.compile(kind.context, options) if kind.context else None for kind in self._kinds]
 
-    def find(self, text: str) -> list[Finding]:
-        """Findings in order, none overlapping another. Raises Undecided."""
+    def find(self, text: str, checked: Counter[int] | None = None) -> list[Finding]:
+        """Findings in order, none overlapping another. Raises Undecided. Texts of one request are looked through with
+        one `checked`: many of them together cost no more checks than one."""
+        checked = Counter() if checked is None else checked
         if len(text) > MAX_CHARS:
             raise Undecided(f"{len(text)} characters are more than the {MAX_CHARS} that are looked through")
         try:
-            found = list(islice(self._all(text), MAX_FINDINGS + 1))
+            found = list(islice(self._all(text, checked), MAX_FINDINGS + 1))
         except TooMany:
             raise Undecided("more encoded passages than are looked into") from None
         if len(found) > MAX_FINDINGS:
             raise Undecided(f"more than {MAX_FINDINGS} findings")
         return _apart(found)
 
-    def _all(self, text: str) -> Iterator[Finding]:
+    def _all(self, text: str, checked: Counter[int]) -> Iterator[Finding]:
         for form in forms(text, self._plain):
-            yield from self._in_form(form)
+            yield from self._in_form(form, checked)
 
-    def _in_form(self, form: Form) -> Iterator[Finding]:
+    def _in_form(self, form: Form, checked: Counter[int]) -> Iterator[Finding]:
         raw = form.text.encode("utf-8", "surrogatepass")
         for index in self._any.Match(raw) or ():
             kind = self._kinds[index]
             at = seen = 0  # the same place, in characters and in bytes
-            for start, end in self._of_kind(index, raw):
+            for start, end in self._of_kind(index, raw, checked):
                 at, seen = at + _length(raw[seen:start]), start
                 yield Finding(*form.origin(at, at + _length(raw[start:end])), kind.name, kind.secret)
 
-    def _of_kind(self, index: int, raw: bytes) -> Iterator[tuple[int, int]]:
+    def _of_kind(self, index: int, raw: bytes, checked: Counter[int]) -> Iterator[tuple[int, int]]:
         kind, context = self._kinds[index], self._contexts[index]
-        for number, match in enumerate(self._patterns[index].finditer(raw)):
+        for match in self._patterns[index].finditer(raw):
             start, end = match.span()
             if context is not None and not context.search(_around(raw, start, end)):
                 continue
-            if number >= kind.checks or kind.accepts(raw[start:end].decode("utf-8", "surrogatepass")):
+            checked[index] += 1
+            if checked[index] > kind.checks or kind.accepts(raw[start:end].decode("utf-8", "surrogatepass")):
                 yield start, end
 
 

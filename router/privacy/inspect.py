@@ -5,13 +5,14 @@ through from its first day, and nothing that was found can be missed when it is 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 
-from router.privacy.detect import Detector, Finding, Undecided
+from router.privacy.detect import MAX_CHARS, MAX_FINDINGS, Detector, Finding, Undecided
 from router.privacy.redact import Redaction, conversation_key
 from shared.schemas import ChatRequest
 
@@ -41,12 +42,12 @@ def inspect(request: ChatRequest, detector: Detector) -> Privacy:
     """Never raises: what goes wrong makes the request private."""
     found: list[Finding] = []
 
-    def look(text: str) -> str:
-        found.extend(detector.find(text))
+    def look(text: str, findings: list[Finding]) -> str:
+        found.extend(findings)
         return text
 
     try:
-        _walk(_user_fields(request), look)
+        _looked_through(_user_fields(request), detector, look)
     except Undecided as error:
         return Privacy(undecided=str(error))
     except Exception as error:  # a detector that breaks has found nothing out
@@ -66,9 +67,26 @@ def redacted(request: ChatRequest, detector: Detector, secret: bytes) -> tuple[C
 
     _walk(fields, note)
     redaction = Redaction(conversation_key(secret, _opening(request)), texts)
-    fields = _walk(fields, lambda text: redaction.apply(text, detector.find(text)))
+    fields = _looked_through(fields, detector, redaction.apply)
     fields["id"] = fields["id"] if fields["id"] == request.id else hashlib.sha256(request.id.encode()).hexdigest()
     return msgspec.convert(fields | {"label": "free", "model": request.model}, ChatRequest), redaction
+
+
+def _looked_through(fields: Any, detector: Detector, rewrite: Callable[[str, list[Finding]], str]) -> Any:
+    """Every text rewritten with its findings. The limits of one text hold for all together. Raises Undecided."""
+    checked = Counter[int]()
+    chars = findings = 0
+
+    def look(text: str) -> str:
+        nonlocal chars, findings
+        if (chars := chars + len(text)) > MAX_CHARS:
+            raise Undecided(f"more characters than the {MAX_CHARS} that are looked through")
+        found = detector.find(text, checked)
+        if (findings := findings + len(found)) > MAX_FINDINGS:
+            raise Undecided(f"more than {MAX_FINDINGS} findings")
+        return rewrite(text, found)
+
+    return _walk(fields, look)
 
 
 def _user_fields(request: ChatRequest) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Kind:
     """A pattern that must be found, ignoring case, in the text right before or after a candidate; "" asks for none."""
     secret: bool = False
     checks: int = 400
-    """How many candidates of one text are checked; what is over counts as found, so that no text can cost more."""
+    """How many candidates of one request are checked; what is over counts as found, so that no text can cost more."""
 
 
 def kinds(regions: Sequence[str] = REGIONS) -> tuple[Kind, ...]:

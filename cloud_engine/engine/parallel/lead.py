@@ -22,6 +22,7 @@ from cloud_engine.engine.runner import Runner
 from cloud_engine.model.config import ModelConfig
 from cloud_engine.model.division import divide
 from cloud_engine.model.weights import read_config
+from shared.errors import UnsupportedParameter
 
 LOAD_LIMIT_S = 1800.0
 
@@ -69,8 +70,8 @@ class Lead:
     def embeds(self) -> bool:
         return False
 
-    def hidden(self, chunks: list[Chunk]) -> Tensor:
-        raise NotImplementedError("hidden states of several ranks")
+    def hidden(self, chunks: list[Chunk]) -> Tensor:  # noqa: ARG002 - an Executor has it
+        raise UnsupportedParameter("several processes have parts of the model: no hidden states", param="model")
 
     def close(self) -> None:
         """Idempotent."""

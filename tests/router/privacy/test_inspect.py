@@ -1,7 +1,10 @@
 """A whole request: every text of it is looked through, and the same texts are redacted."""
 
+from collections import Counter
+
 import pytest
 
+import router.privacy.checks
 from router.privacy.detect import MAX_CHARS, Detector, Finding, Undecided
 from router.privacy.inspect import inspect, redacted
 from shared.schemas import ChatRequest, Message, Sampling
@@ -17,7 +20,7 @@ def chat(*contents: str, stop: tuple[str, ...] = (), name: str | None = None, ke
 
 
 class Broken(Detector):
-    def find(self, text: str) -> list[Finding]:
+    def find(self, text: str, checked: Counter[int] | None = None) -> list[Finding]:
         raise MemoryError
 
 
@@ -75,3 +78,26 @@ def test_all_turns_of_a_conversation_have_the_same_placeholders() -> None:
     assert len(made.values) == 2
     other, _ = redacted(chat("be quick", f"I am {ADDRESS}"), DETECTOR, b"secret")
     assert other.messages[1] != first.messages[1]
+
+
+def test_many_short_texts_cost_no_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of messages, each with few enough candidates to check them all, are checked as one text is."""
+    asked: list[str] = []
+    is_number = router.privacy.checks._is_number
+
+    def counted(text: str, region: str | None) -> bool:
+        asked.append(text)
+        return is_number(text, region)
+
+    monkeypatch.setattr(router.privacy.checks, "_is_number", counted)
+    found = inspect(chat(*["tel. (000) 123 45 67" for _ in range(3000)]), DETECTOR)
+    assert found.personal
+    assert 0 < len(set(asked)) <= len(asked) <= 2 * 24 * 13
+
+
+def test_the_limits_hold_for_all_texts_together() -> None:
+    """Neither many long texts nor many findings are a way around them."""
+    for texts in (["a" * 1000] * 300, [f"{ADDRESS} " * 40] * 40):
+        assert inspect(chat(*texts), DETECTOR).undecided is not None
+        with pytest.raises(Undecided):
+            redacted(chat(*texts), DETECTOR, b"secret")
