@@ -2,15 +2,13 @@ import asyncio
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 
 import pytest
 import tiny_llama
+from tiny_serving import LONG, WAIT_S, collect, idle, request, serving_tiny, until
 
 from cloud_engine.engine import serving
-from cloud_engine.engine.config import EngineConfig
-from cloud_engine.engine.engine import EngineStats
 from cloud_engine.engine.serving import EngineAnswer, load_engine
 from cloud_engine.model.tokenizer import Tokenizer
 from shared.errors import (
@@ -24,43 +22,9 @@ from shared.errors import (
 )
 from shared.schemas import ChatRequest, Message, Sampling
 
-LONG = Sampling(temperature=0, max_tokens=200, ignore_eos=True)
-WAIT_S = 10.0
-
-
-def request(prompt: str = "hello", sampling: Sampling = LONG, **values) -> ChatRequest:
-    return ChatRequest(**({"id": "r", "model": "tiny", "prompt": prompt, "sampling": sampling} | values))
-
-
-@asynccontextmanager
-async def serving_tiny(folder, **limits):
-    values = {"num_blocks": 100, "model_len": 250, "max_num_seqs": 4}
-    answer = load_engine(folder, EngineConfig(**(values | limits)), name="tiny")
-    await answer.start()
-    try:
-        yield answer
-    finally:
-        await answer.aclose()
-
-
-async def collect(answer: EngineAnswer, asked: ChatRequest):
-    async with asyncio.timeout(WAIT_S):
-        return [delta async for delta in answer.answer(asked)]
-
 
 def decoded(tokens: list[int]) -> str:
     return tiny_llama.tokenizer().decode(tokens, skip_special_tokens=True)
-
-
-async def until(answer: EngineAnswer, reached: Callable[[EngineStats], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not reached(answer.stats()):  # noqa: ASYNC110 - statistics announce nothing
-            await asyncio.sleep(0.001)
-
-
-async def idle(answer: EngineAnswer) -> None:
-    """Wait until nothing runs and every block is back."""
-    await until(answer, lambda stats: not (stats.running or stats.waiting or stats.kv_blocks_used))
 
 
 async def test_streams_the_greedy_answer(tiny_model):
