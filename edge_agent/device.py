@@ -4,6 +4,7 @@ Reading never blocks: the sensors are sampled by a thread every few seconds, and
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +13,7 @@ import psutil
 import structlog
 
 from edge_agent.backends.base import LocalBackend
+from router.conditions import WEEKDAYS
 from router.features import DeviceReading
 
 SAMPLE_S = 5.0
@@ -45,9 +47,16 @@ def sample() -> Machine:
 class Device:
     """Puts the runtime's reading and the latest sample together."""
 
-    def __init__(self, local: LocalBackend, *, sensors: Callable[[], Machine] = sample) -> None:
+    def __init__(
+        self,
+        local: LocalBackend,
+        *,
+        sensors: Callable[[], Machine] = sample,
+        local_time: Callable[[], time.struct_time] = time.localtime,
+    ) -> None:
         self._local = local
         self._sensors = sensors
+        self._local_time = local_time
         self.machine = Machine()
 
     async def refresh(self) -> None:
@@ -60,7 +69,7 @@ class Device:
             await asyncio.sleep(every)
 
     def reading(self) -> DeviceReading:
-        card, runtime = self._local.model_card(), self._local.reading()
+        card, runtime, now = self._local.model_card(), self._local.reading(), self._local_time()
         return DeviceReading(
             model=card.id,
             context_length=card.context_length,
@@ -73,6 +82,8 @@ class Device:
             battery_percent=self.machine.battery_percent,
             on_battery=self.machine.on_battery,
             cpu_percent=self.machine.cpu_percent,
+            weekday=WEEKDAYS[now.tm_wday],
+            hour=now.tm_hour + now.tm_min / 60,
         )
 
 

@@ -1,14 +1,15 @@
 """What a rule can ask: one `Case` holds all that a decision sees, and FACTS reads each condition's value from it.
 
-A new condition is a field of `policy.When` and a line of FACTS; a test holds the two together.
+A new condition is a field of `conditions.When` and a line of FACTS; a test holds the two together.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from router.expression import Fact
 from router.features import DeviceReading, LinkReading, RequestFeatures
-from router.policy import Policy, Range, Rule, When
+from router.policy import Policy, Rule
 from shared.schemas import Target
 
 
@@ -34,9 +35,6 @@ class Case:
     link: LinkReading
     match: Match | None = None
     """The administrator's rule that applies: see `matched`."""
-
-
-Fact = float | str | bool | None
 
 
 def first_token_s(case: Case, target: Target) -> float | None:
@@ -81,6 +79,9 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "battery_percent": lambda case: case.device.battery_percent,
     "on_battery": lambda case: case.device.on_battery,
     "cpu_percent": lambda case: case.device.cpu_percent,
+    "weekday": lambda case: case.device.weekday,
+    "hour": lambda case: case.device.hour,
+    "bucket": lambda case: case.request.bucket,
 }
 
 
@@ -92,35 +93,25 @@ def matched(case: Case) -> Case:
     for rule in case.policy.rules:
         if rule.target == "cloud" and case.request.label == "edge_only":
             continue
-        if (held := _held(rule.when, case)) is not None:
+        if (held := _held(rule, case)) is not None:
             return replace(case, match=Match(rule, f"rule {rule.name}: {held}"))
     return case
 
 
-def _held(when: When, case: Case) -> str | None:
-    """The conditions with their measured values, like `prompt_tokens 1200 > 800`; None unless all of them hold."""
-    said = []
-    for name, condition in _conditions(when):
-        value = FACTS[name](case)
-        if value is None or not _holds(condition, value):
-            return None
-        limits = f" {condition}" if isinstance(condition, Range) else ""
-        said.append(f"{name} {_spelled(value)}{limits}")
+def _held(rule: Rule, case: Case) -> str | None:
+    """The facts that were asked for, like `prompt_tokens 1200 > 800`; None unless the rule applies.
+
+    What was not measured holds for no condition. An expression that fails all the same is taken for the safe side: it
+    applies if it keeps the request on the device.
+    """
+    facts = {name: FACTS[name](case) for name in rule.when.asked}
+    holds = rule.when.holds(facts)
+    if holds is None and rule.target == "edge":
+        return "its condition failed"
+    if not holds:
+        return None
+    said = [f"{name} {_spelled(value)}{rule.when.limits(name)}" for name, value in facts.items() if value is not None]
     return ", ".join(said) or "always"
-
-
-def _conditions(when: When) -> Iterator[tuple[str, Range | tuple[str, ...] | str | bool]]:
-    for name, field in When.model_fields.items():
-        if (condition := getattr(when, name)) is not None:
-            yield field.alias or name, condition
-
-
-def _holds(condition: Range | tuple[str, ...] | str | bool, value: float | str | bool) -> bool:
-    if isinstance(condition, Range):
-        return condition.holds(float(value))
-    if isinstance(condition, tuple):
-        return value in condition
-    return value == condition
 
 
 def _spelled(value: float | str | bool) -> str:

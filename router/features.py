@@ -44,6 +44,8 @@ class RequestFeatures:
     """Probability that the cloud is right where the edge is wrong (`router.difficulty`), if the policy asks for it."""
     difficult_from: float | None = None
     """The difficulty from which the policy's goal sends a request to the cloud, if it has one."""
+    bucket: float | None = None
+    """In [0, 100), evenly spread over conversations and the same for every request of one."""
 
     @property
     def required_context(self) -> int:
@@ -74,6 +76,9 @@ class DeviceReading:
     battery_percent: float | None = None
     on_battery: bool | None = None
     cpu_percent: float | None = None
+    weekday: str | None = None
+    """`mon` to `sun`, and the hour of the day with its fraction, where the device is."""
+    hour: float | None = None
 
     @property
     def queue_full(self) -> bool:
@@ -109,6 +114,7 @@ def measure(
     privacy: Privacy = CLEAN,
     difficulty: float | None = None,
     difficult_from: float | None = None,
+    bucket: float | None = None,
 ) -> RequestFeatures:
     """The request's own measures, with those that others made of it; see `router.observe`."""
     text = _excerpt(request)
@@ -127,6 +133,7 @@ def measure(
         privacy=privacy,
         difficulty=difficulty,
         difficult_from=difficult_from,
+        bucket=bucket,
     )
 
 

@@ -1,11 +1,16 @@
 """All that is measured of one request under one policy. What the policy does not ask about is not computed."""
 
+import hashlib
+from typing import Final
+
 from router.difficulty import shipped_difficulty
 from router.features import RequestFeatures, measure
 from router.policy import Goal, Policy
 from router.privacy.inspect import CLEAN, inspect
 from router.weights import InvalidWeights
 from shared.schemas import ChatRequest
+
+BUCKETS: Final = 10_000
 
 
 def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int) -> RequestFeatures:
@@ -20,7 +25,15 @@ def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int) -> Requ
         privacy=inspect(request, policy.privacy.detector) if looked_through else CLEAN,
         difficulty=difficulty,
         difficult_from=difficult_from,
+        bucket=bucket(request) if policy.asks("bucket") else None,
     )
+
+
+def bucket(request: ChatRequest) -> float:
+    """A number in [0, 100), the same for every request of a conversation: a hash of how it began."""
+    began = next((message.content for message in request.messages if message.role == "user"), request.prompt or "")
+    digest = hashlib.blake2b(began.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) % BUCKETS * 100 / BUCKETS
 
 
 def _difficulty(request: ChatRequest, goal: Goal | None) -> tuple[float | None, float | None]:

@@ -2,23 +2,20 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 
 import pydantic
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from router.conditions import MAP, TEXT, Condition, Range, When, Written
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
 from router.features import EXPECTED_OUTPUT_TOKENS
 from router.privacy.checks import SUPPORTED_REGIONS
@@ -26,131 +23,20 @@ from router.privacy.detect import MAX_WORD_CHARS, MAX_WORDS, Detector
 from router.privacy.kinds import KINDS, REGIONS
 from shared.schemas import MAX_OUTPUT_TOKENS, Label, Target
 
-__all__ = ["Breaker", "InvalidPolicy", "Policy", "Problem", "Range", "Rule", "When", "json_schema", "parse"]
+__all__ = ["Breaker", "InvalidPolicy", "Policy", "Problem", "Rule", "json_schema", "parse"]
 
 Mode = Literal["prefer_edge", "only_edge", "prefer_cloud", "only_cloud"]
 
 MAX_RULES: Final = 256
-HUGE: Final = 1e15
-
-Number = Annotated[float, Field(ge=-HUGE, le=HUGE, allow_inf_nan=False)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 """Goes into reply headers, hence the narrow alphabet."""
-ModelName = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,256}$")]
 
 
-class _Written(BaseModel):
-    """Strict: `"800"` is no number and `1` is no truth value. Immutable, and so safe to share between requests."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=False)
-
-
-class Range(_Written):
-    """Numbers between limits; in YAML `{">": 800}`, `{">=": 10, "<": 20}` or the number itself."""
-
-    above: Number | None = Field(None, alias=">")
-    at_least: Number | None = Field(None, alias=">=")
-    below: Number | None = Field(None, alias="<")
-    at_most: Number | None = Field(None, alias="<=")
-    equal: Number | None = Field(None, alias="==")
-
-    def holds(self, value: float) -> bool:
-        return (
-            (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.below is None or value < self.below)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.equal is None or value == self.equal)
-        )
-
-    def __str__(self) -> str:
-        return " and ".join(f"{sign} {limit:.15g}" for sign, limit in self._limits())
-
-    def _limits(self) -> Iterator[tuple[str, float]]:
-        for name, field in type(self).model_fields.items():
-            if (limit := getattr(self, name)) is not None:
-                yield str(field.alias), limit
-
-    @model_validator(mode="after")
-    def _some_number_fits(self) -> Self:
-        limits = dict(self._limits())
-        if not limits:
-            raise PydanticCustomError("empty_range", "no limit given; write a number or one of > >= < <= ==")
-        low = max((limits[sign] for sign in (">", ">=", "==") if sign in limits), default=-HUGE)
-        high = min((limits[sign] for sign in ("<", "<=", "==") if sign in limits), default=HUGE)
-        if low > high or (low == high and not self.holds(low)):
-            raise PydanticCustomError("impossible_range", "no number can be {limits}", {"limits": str(self)})
-        return self
-
-
-def _spelled_out(value: object) -> object:
-    """A bare number stands for equality."""
-    if isinstance(value, Range | dict):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PydanticCustomError("not_limits", 'must be a number or limits such as {">": 800}')
-    return {"==": value}
-
-
-def _listed(value: object) -> object:
-    """One name stands for a list of one."""
-    if value == ():
-        raise PydanticCustomError("no_names", "must name at least one model")
-    return (value,) if isinstance(value, str) else value
-
-
-_LIMITS: Final = {
-    "type": "object",
-    "properties": {sign: {"type": "number"} for sign in (">", ">=", "<", "<=", "==")},
-    "additionalProperties": False,
-    "minProperties": 1,
-}
-Limits = Annotated[
-    Range, BeforeValidator(_spelled_out), WithJsonSchema({"anyOf": [{"type": "number"}, _LIMITS], "title": "Limits"})
-]
-Models = Annotated[
-    tuple[ModelName, ...],
-    Field(max_length=64),
-    BeforeValidator(_listed),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
-]
-"""One name or several, any of which is meant."""
-
-_condition = partial(Field, default=None)
-
-
-class When(_Written):
-    """Conditions, all of which must hold. One that asks for something not measured does not hold."""
-
-    prompt_tokens: Limits | None = _condition(description="tokens of the whole prompt")
-    expected_output_tokens: Limits | None = _condition(description="the smaller of max_tokens and the policy's guess")
-    turns: Limits | None = _condition(description="messages by the user, this one included")
-    code: bool | None = _condition(description="the prompt looks like program code (a hint)")
-    maths: bool | None = _condition(description="the prompt looks like mathematics (a hint)")
-    json_: bool | None = _condition(alias="json", description="the prompt speaks of or shows JSON (a hint)")
-    tools: bool | None = _condition(description="tool messages, or a prompt that asks for tool calls (a hint)")
-    personal: bool | None = _condition(description="personal data or secrets were found in it, or nobody can tell")
-    secret: bool | None = _condition(description="credentials were found in it")
-    difficulty: Limits | None = _condition(description="learned probability that the cloud is needed, 0 to 1")
-    label: Label | None = _condition(description="the request's label")
-    model: Models | None = _condition(description="the requested model, virtual or real: one name or a list")
-    fits_edge: bool | None = _condition(description="prompt and expected output fit the edge model's context")
-    fits_cloud: bool | None = _condition(description="prompt and expected output fit the cloud model's context")
-    queue_depth: Limits | None = _condition(description="requests waiting on the device")
-    running: Limits | None = _condition(description="requests being answered on the device")
-    edge_first_token_ms: Limits | None = _condition(description="predicted wait for the first token at the edge")
-    cloud_first_token_ms: Limits | None = _condition(description="recent wait for the first token from the cloud")
-    round_trip_ms: Limits | None = _condition(description="round trip to the cloud")
-    battery_percent: Limits | None = _condition(description="charge left in the device's battery")
-    on_battery: bool | None = _condition(description="the device runs on its battery")
-    cpu_percent: Limits | None = _condition(description="load of the device's processors")
-
-
-class Rule(_Written):
+class Rule(Written):
     """The first rule whose conditions hold says where the request goes."""
 
     name: Name = Field(description="shown in the reason of every reply that it decides")
-    when: When = Field(When(), description="conditions, all of which must hold; none at all means always")
+    when: Condition = Field(When(), description="a map of conditions, or one expression; nothing at all means always")
     target: Target
     fallback: bool = Field(True, description="false: this target or nobody, whatever happens")
 
@@ -162,7 +48,7 @@ class Rule(_Written):
 Word = Annotated[str, StringConstraints(min_length=2, max_length=MAX_WORD_CHARS, strip_whitespace=True)]
 
 
-class PrivacyRules(_Written):
+class PrivacyRules(Written):
     """What happens to a request in which the detector finds something, beyond what its own label says."""
 
     personal: Annotated[Label, Field(description="personal data: sent, replaced before it is sent, or kept here")] = (
@@ -210,7 +96,7 @@ def _known(names: tuple[str, ...], known: frozenset[str], what: str) -> tuple[st
     return names
 
 
-class Goal(_Written):
+class Goal(Written):
     """What the learned difficulty is to achieve; exactly one of the two."""
 
     cloud_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -227,7 +113,7 @@ class Goal(_Written):
         return self
 
 
-class Breaker(_Written):
+class Breaker(Written):
     """When the cloud counts as down, and how soon it is tried again."""
 
     consecutive_failures: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -246,7 +132,7 @@ class Breaker(_Written):
         return self
 
 
-class Policy(_Written):
+class Policy(Written):
     """Where requests may go, where they should go, and what happens when that side cannot answer."""
 
     version: Literal[1] = 1
@@ -275,12 +161,15 @@ class Policy(_Written):
 
     @cached_property
     def asks_difficulty(self) -> bool:
-        return self.goal is not None or any(rule.when.difficulty is not None for rule in self.rules)
+        return self.goal is not None or self.asks("difficulty")
 
     @cached_property
     def asks_privacy(self) -> bool:
-        asked = any(rule.when.personal is not None or rule.when.secret is not None for rule in self.rules)
-        return asked or not self.privacy.off
+        return self.asks("personal", "secret") or not self.privacy.off
+
+    def asks(self, *facts: str) -> bool:
+        """Whether some rule asks for one of them."""
+        return any(fact in rule.when.asked for rule in self.rules for fact in facts)
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -319,16 +208,17 @@ def _at(path: Path, message: str) -> PydanticCustomError:
 
 
 def _problem(document: Document, detail: ErrorDetails) -> Problem:
-    path: Path = (*detail["loc"], *detail.get("ctx", {}).get("path", ()))
+    loc = tuple(step for step in detail["loc"] if step not in (MAP, TEXT))
+    path: Path = (*loc, *detail.get("ctx", {}).get("path", ()))
     if detail["type"] != "missing":  # drop what was never written, such as the `==` that a bare number stands for
         path = document.nearest(path)
-    return document.problem(path, _message(detail))
+    return document.problem(path, _message(detail, loc))
 
 
-def _message(detail: ErrorDetails) -> str:
+def _message(detail: ErrorDetails, loc: Path) -> str:
     match detail["type"]:
         case "extra_forbidden":
-            return "unknown field" + _suggestion(detail["loc"])
+            return "unknown field" + _suggestion(loc)
         case "missing":
             return "is required"
         case "string_pattern_mismatch":

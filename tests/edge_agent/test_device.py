@@ -1,4 +1,5 @@
 import threading
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -65,3 +66,11 @@ async def test_reading_joins_runtime_and_machine_and_never_senses() -> None:
     assert (after.cpu_percent, after.battery_percent, after.on_battery) == (12.0, 80.0, True)
     assert len(threads) == 1
     assert threads[0] != threading.main_thread().name
+
+
+def test_the_reading_tells_the_day_and_the_hour() -> None:
+    """Of the device's own clock, for rules that hold at times."""
+    tuesday = time.struct_time((2026, 3, 3, 13, 30, 0, 1, 62, 0))
+    reading = Device(Local(EchoAnswer()), local_time=lambda: tuesday).reading()
+
+    assert (reading.weekday, reading.hour) == ("tue", 13.5)

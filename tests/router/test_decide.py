@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router.decide
+from router.conditions import Range, When
 from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
 from router.facts import FACTS
 from router.features import NO_CLOUD, VIRTUAL_MODELS, DeviceReading, LinkReading, RequestFeatures
-from router.policy import Policy, PrivacyRules, Range, Rule, When
+from router.policy import Policy, PrivacyRules, Rule
 from router.privacy.inspect import Privacy
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
 

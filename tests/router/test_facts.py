@@ -1,10 +1,13 @@
 import pytest
 
+from router.conditions import Range, When
 from router.facts import FACTS, Case, first_token_s, matched
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
-from router.policy import Policy, Range, Rule, When
+from router.policy import Policy, Rule
 
-REQUEST = RequestFeatures(prompt_tokens=1200, max_tokens=300, expected_output_tokens=200, turns=3, code=True, json=True)
+REQUEST = RequestFeatures(
+    prompt_tokens=1200, max_tokens=300, expected_output_tokens=200, turns=3, code=True, json=True, bucket=7.25
+)
 DEVICE = DeviceReading(
     model="small",
     context_length=1400,
@@ -16,6 +19,8 @@ DEVICE = DeviceReading(
     battery_percent=55.5,
     on_battery=True,
     cpu_percent=80.0,
+    weekday="tue",
+    hour=13.5,
 )
 LINK = LinkReading(round_trip_s=0.05, first_token_s=0.4, model="large", context_length=8192)
 BARE = DeviceReading(model="small", context_length=1400)
@@ -52,6 +57,9 @@ def test_every_condition_has_its_fact():
         ("battery_percent", 55.5, None),
         ("on_battery", True, None),
         ("cpu_percent", 80.0, None),
+        ("weekday", "tue", None),
+        ("hour", 13.5, None),
+        ("bucket", 7.25, 7.25),
     ],
 )
 def test_facts(name, value, unknown):

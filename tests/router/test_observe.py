@@ -69,3 +69,17 @@ def test_weights_that_cannot_be_read_decide_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(router.observe, "shipped_difficulty", damaged)
     features = observed("goal: {cloud_share: 0.5}")
     assert (features.difficulty, features.difficult_from) == (None, None)
+
+
+def test_a_bucket_is_a_conversations_own() -> None:
+    """It is drawn only where a rule asks for it, stays the same through a conversation, and spreads evenly."""
+    rule = OFF + "rules: [{name: trial, when: {bucket: {'<': 10}}, target: cloud}]"
+    assert observed(OFF).bucket is None
+    policy = parse(f"mode: prefer_edge\n{rule}")
+    first = Message(role="user", content="Why is the sky blue?")
+    later = (first, Message(role="assistant", content="Air."), Message(role="user", content="And at night?"))
+    asked = [ChatRequest(id=str(n), model="auto", messages=m) for n, m in enumerate([(first,), later])]
+    assert len({observe(request, policy, prompt_tokens=9).bucket for request in asked}) == 1
+    drawn = [observed(rule, text=f"question {n}").bucket or 0 for n in range(2000)]
+    assert all(0 <= one < 100 for one in drawn)
+    assert 150 < sum(one < 10 for one in drawn) < 250

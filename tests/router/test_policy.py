@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.policy import Breaker, InvalidPolicy, Policy, Range, Rule, When, json_schema, parse
+from router.conditions import Range, When
+from router.policy import Breaker, InvalidPolicy, Policy, Rule, json_schema, parse
 
 RULE = "mode: prefer_edge\nrules:\n  - name: a\n    target: cloud\n    when:\n      "  # a condition lands on line 6
 
@@ -133,7 +134,7 @@ def test_only_the_mode_is_required():
         (RULE + "code: 1", 6, "rules[0].when.code", "must be a valid boolean"),
         (RULE + "code: yes", 6, "rules[0].when.code", "must be a valid boolean"),
         (RULE + "label: secret", 6, "rules[0].when.label", "must be 'free', 'redact' or 'edge_only'"),
-        (RULE + "model: []", 6, "rules[0].when.model", "at least one model"),
+        (RULE + "model: []", 6, "rules[0].when.model", "at least one"),
         (RULE + "model: 5", 6, "rules[0].when.model", "must be a valid list"),
         (RULE + "model:\n        - ok\n        - no t", 8, "rules[0].when.model[1]", "must match"),
         (RULE + "turns: 1\n  - name: a\n    target: edge", 7, "rules[1].name", "rules[0] has this name"),
