@@ -33,6 +33,8 @@ _HOST = re.compile(rb"(\[[0-9a-fA-F:.]{2,45}\]|[a-zA-Z0-9._-]{1,253})(?::[0-9]{1
 _JSON = re.compile(r'application/json\s*(;\s*charset\s*=\s*"?utf-8"?\s*)?', re.IGNORECASE)
 
 Header = tuple[bytes, bytes]
+Shape = Callable[[CausewayError], bytes]
+"""The body that says an error, in a surface's words."""
 
 
 class HeadersTooLarge(BadRequest):
@@ -94,12 +96,20 @@ class Guard:
 
 
 class Guarded:
-    """ASGI middleware that applies a Guard."""
+    """ASGI middleware that applies a Guard. `shape_of` says how errors look on a path."""
 
-    def __init__(self, app: ASGIApp, *, guard: Guard, source: Source) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        guard: Guard,
+        source: Source,
+        shape_of: Callable[[str], Shape] = lambda _: error_body,
+    ) -> None:
         self._app = app
         self._guard = guard
         self._source = source
+        self._shape_of = shape_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -122,7 +132,7 @@ class Guarded:
             known = typed(error, self._source)
             if exchange.started:
                 raise known from None  # the server cuts the connection
-            await send_error(exchange.send, known)
+            await send_error(exchange.send, known, shape=self._shape_of(scope["path"]))
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -206,10 +216,14 @@ def typed(error: Exception, source: Source) -> CausewayError:
     return Internal("an internal fault; the server's log has its place", source=source)
 
 
-async def send_error(send: Send, error: CausewayError, headers: Iterable[Header] = ()) -> None:
-    """An OpenAI error object with its status and, where known, Retry-After."""
-    await send({"type": "http.response.start", "status": error.status, "headers": [*error_headers(error), *headers]})
-    await send({"type": "http.response.body", "body": error_body(error)})
+async def send_error(
+    send: Send, error: CausewayError, headers: Iterable[Header] = (), *, shape: Shape = error_body
+) -> None:
+    """The error as a body with its status and, where known, Retry-After."""
+    body = shape(error)
+    all_headers = [*error_headers(error, body), *headers]
+    await send({"type": "http.response.start", "status": error.status, "headers": all_headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def refuse_websocket(scope: Scope, send: Send, error: CausewayError) -> None:
@@ -217,13 +231,13 @@ async def refuse_websocket(scope: Scope, send: Send, error: CausewayError) -> No
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008})
         return
-    start = "websocket.http.response.start"
-    await send({"type": start, "status": error.status, "headers": error_headers(error)})
-    await send({"type": "websocket.http.response.body", "body": error_body(error)})
+    start, body = "websocket.http.response.start", error_body(error)
+    await send({"type": start, "status": error.status, "headers": error_headers(error, body)})
+    await send({"type": "websocket.http.response.body", "body": body})
 
 
-def error_headers(error: CausewayError) -> list[Header]:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(error_body(error)))]
+def error_headers(error: CausewayError, body: bytes) -> list[Header]:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if error.retry_after is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     if error.status == 401:

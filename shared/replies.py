@@ -8,11 +8,12 @@ import msgspec
 
 from shared.errors import Cancelled, CausewayError, UpstreamFailed
 from shared.openai import Call, Kind
-from shared.schemas import Delta, FinishReason, ModelCard, Route, TokenLogprob, ToolPiece, Usage
+from shared.schemas import Delta, FinishReason, ModelCard, Priority, Route, TokenLogprob, ToolPiece, Usage
 
 NO_LOGPROB = -9999.0
 """What OpenAI says for a probability of zero; JSON has no infinity."""
 
+_TIERS = {"interactive": "default", "batch": "flex"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -34,11 +35,6 @@ def error_object(error: CausewayError) -> dict[str, Any]:
 
 def error_body(error: CausewayError) -> bytes:
     return msgspec.json.encode(error_object(error))
-
-
-def error_event(error: CausewayError) -> bytes:
-    """The explicit end of a stream that failed after its first token: no `[DONE]` follows."""
-    return _event(error_object(error))
 
 
 def model_list(cards: Iterable[ModelCard], created: int) -> bytes:
@@ -64,8 +60,10 @@ class Chunks:
             "object": "chat.completion.chunk" if self._chat else "text_completion",
             "created": created,
             "model": call.model,
+            "service_tier": service_tier(call.requests[0].priority),
         }
         self._tail: dict[str, Any] = {"usage": None} if call.include_usage else {}
+        self.route: Route | None = None
         self._offsets = [0] * len(call.requests)
         self._opened = [False] * len(call.requests)
         self._usages: list[Usage | None] = [None] * len(call.requests)
@@ -77,7 +75,7 @@ class Chunks:
         if self._chat and not self._opened[index]:
             events = self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None})
         self._opened[index] = True
-        self._routes[index] = delta.route or self._routes[index]
+        self._routes[index] = self.route = delta.route or self._routes[index]
         if delta.text or delta.logprobs:
             events += self._chunk(index, self._piece(index, delta))
         if delta.tool_calls:
@@ -93,6 +91,10 @@ class Chunks:
         usage = _total(self._usages)
         events = _event({**self._head, "choices": [], "usage": usage}) if self._include_usage else b""
         return events + b"data: [DONE]\n\n"
+
+    def fail(self, error: CausewayError) -> bytes:
+        """The explicit end of a stream that failed after its first token: no `[DONE]` follows."""
+        return _event(error_object(error))
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
         if self._chat:
@@ -121,6 +123,7 @@ class Whole:
             "object": "chat.completion" if call.kind == "chat" else "text_completion",
             "created": created,
             "model": call.model,
+            "service_tier": service_tier(call.requests[0].priority),
         }
         self._wants_logprobs = call.requests[0].sampling.logprobs is not None
         self._texts: list[list[str]] = [[] for _ in call.requests]
@@ -130,7 +133,7 @@ class Whole:
         self._usages: list[Usage | None] = [None] * len(call.requests)
         self.route: Route | None = None
 
-    def push(self, index: int, delta: Delta) -> None:
+    def push(self, index: int, delta: Delta) -> bytes:
         self._texts[index].append(delta.text)
         self._logprobs[index].extend(delta.logprobs)
         for piece in delta.tool_calls:
@@ -139,6 +142,7 @@ class Whole:
         if delta.finish_reason is not None:
             self._reasons[index] = finish_reason(delta)
             self._usages[index] = delta.usage or Usage(prompt_tokens=0, completion_tokens=0)
+        return b""
 
     def end(self) -> bytes:
         """Raises UpstreamFailed if a choice has not had its last delta."""
@@ -146,6 +150,9 @@ class Whole:
         extra = {"causeway": causeway_object(self.route)} if self.route else {}
         choices = [self._choice(index) for index in range(len(self._texts))]
         return msgspec.json.encode({**self._head, "choices": choices, "usage": usage, **extra})
+
+    def fail(self, error: CausewayError) -> bytes:
+        return error_body(error)
 
     def _choice(self, index: int) -> dict[str, Any]:
         text, logprobs = "".join(self._texts[index]), self._logprobs[index]
@@ -178,6 +185,10 @@ def finish_reason(delta: Delta) -> FinishReason | None:
     if delta.finish_reason == "cancelled":
         raise Cancelled("the request was cancelled while it was answered")
     return delta.finish_reason
+
+
+def service_tier(priority: Priority) -> str:
+    return _TIERS[priority]
 
 
 def causeway_object(route: Route) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_retry_after_is_whole_seconds_and_never_zero() -> None:
     """A header of 0 would be an invitation to hammer."""
     for seconds, expected in ((0.01, b"1"), (1.0, b"1"), (1.01, b"2")):
         error = CausewayError("x", retry_after=seconds)
-        assert (b"retry-after", expected) in error_headers(error)
+        assert (b"retry-after", expected) in error_headers(error, b"{}")
 
 
 def test_a_foreign_exception_loses_its_text() -> None:

@@ -10,7 +10,7 @@ from fakes import EchoAnswer, ScriptedAnswer
 from prometheus_client import CollectorRegistry, Counter
 from serving import served
 
-from shared import http as http_module
+from shared import surface as surface_module
 from shared.errors import (
     BY_CODE,
     CausewayError,
@@ -406,7 +406,7 @@ JSON = {"content-type": "application/json"}
 
 async def test_an_answer_that_does_not_keep_its_deadline_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """504 before the first token, an explicit error event after it; the answer is closed in both cases."""
-    monkeypatch.setattr(http_module, "DEADLINE_GRACE", 0.0)
+    monkeypatch.setattr(surface_module, "DEADLINE_GRACE", 0.0)
     never = asyncio.Event()
     scripted = ScriptedAnswer(never)
     body = chat(causeway={"deadline_s": 0.05}, stream=True)

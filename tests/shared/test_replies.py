@@ -62,6 +62,17 @@ def test_a_text_stream_has_openais_shape() -> None:
     assert found[1]["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize(("asked", "told"), [({}, "default"), ({"service_tier": "flex"}, "flex")])
+def test_replies_say_the_tier_they_were_given(asked: dict[str, str], told: str) -> None:
+    """`flex` for batch work, else `default`: in every chunk and in the whole reply."""
+    call = parse_chat(chat(**asked), request_id="r")
+    chunks, whole = Chunks(call, reply_id="c", created=7), Whole(call, reply_id="c", created=7)
+    whole.push(0, LAST)
+
+    tiers = {event["service_tier"] for event in events(chunks.push(0, LAST))}
+    assert tiers | {json.loads(whole.end())["service_tier"]} == {told}
+
+
 def test_choices_are_told_apart_and_their_usage_added_up() -> None:
     """Deltas of two choices keep their index; the prompt is counted once."""
     call = parse_chat(chat(n=2), request_id="r")
