@@ -28,6 +28,8 @@ class Decision:
     """Who may answer instead if `target` fails in a retryable way before its first token. Only ever `edge`."""
     rule: str
     reasons: tuple[str, ...]
+    label: Label = "free"
+    """The strictest that the request's own label, and what was found in it, ask for: so its answer is kept."""
     redact: bool = False
     """Whoever sends this request to the cloud must first replace its personal data and secrets."""
     edge_first_token_s: float | None = None
@@ -79,6 +81,7 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
         fallback="edge" if choice.target == "cloud" and _edge_may_stand_in(case, barred) and device.available else None,
         rule=choice.rule,
         reasons=choice.reasons,
+        label=_care(case),
         redact=choice.target == "cloud" and _care(case) == "redact",
         edge_first_token_s=first_token_s(case, "edge"),
         cloud_first_token_s=first_token_s(case, "cloud"),

@@ -23,7 +23,7 @@ from router.privacy.detect import MAX_WORD_CHARS, MAX_WORDS, Detector
 from router.privacy.kinds import KINDS, REGIONS
 from shared.schemas import MAX_OUTPUT_TOKENS, Label, Target
 
-__all__ = ["Breaker", "InvalidPolicy", "Policy", "Problem", "Rule", "json_schema", "parse"]
+__all__ = ["Breaker", "CacheRules", "InvalidPolicy", "Policy", "Problem", "Rule", "json_schema", "parse"]
 
 Mode = Literal["prefer_edge", "only_edge", "prefer_cloud", "only_cloud"]
 
@@ -113,6 +113,20 @@ class Goal(Written):
         return self
 
 
+class CacheRules(Written):
+    """Which answers are kept, to be served again to the same question. The README of the edge agent has the rest."""
+
+    enabled: bool = True
+    ttl_s: Annotated[float, Field(gt=0, le=31_536_000, description="no older answer is served")] = 86_400.0
+    sampled: Annotated[bool, Field(description="keep answers that chance had a part in, too")] = False
+    edge_only: Annotated[
+        bool, Field(description="keep answers to edge_only requests: in memory, and on disk where that is encrypted")
+    ] = True
+    shared: Annotated[bool, Field(description="keep answers to free requests in the shared Redis, if there is one")] = (
+        True
+    )
+
+
 class Breaker(Written):
     """When the cloud counts as down, and how soon it is tried again."""
 
@@ -143,6 +157,7 @@ class Policy(Written):
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES, description="the first that holds applies")] = ()
     goal: Goal | None = Field(None, description="for requests that no rule decides: by their learned difficulty")
     privacy: PrivacyRules = PrivacyRules()
+    cache: CacheRules = CacheRules()
     expected_output_tokens: Annotated[
         int, Field(ge=1, le=MAX_OUTPUT_TOKENS, description="guessed length of an answer without max_tokens")
     ] = EXPECTED_OUTPUT_TOKENS
@@ -230,7 +245,13 @@ def _message(detail: ErrorDetails, loc: Path) -> str:
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:
-    models: dict[str, type[BaseModel]] = {"when": When, "breaker": Breaker, "privacy": PrivacyRules, "goal": Goal}
+    models: dict[str, type[BaseModel]] = {
+        "when": When,
+        "breaker": Breaker,
+        "privacy": PrivacyRules,
+        "goal": Goal,
+        "cache": CacheRules,
+    }
     parent: type[BaseModel] = Policy
     for step in loc[:-1]:
         parent = Rule if isinstance(step, int) else models.get(step, Range)
