@@ -3,14 +3,18 @@
 One connection carries all requests. It is made at the first one, kept while there is use for it and, if it breaks, made
 again with full jitter; what that means for each request is decided in the session. A request labelled `edge_only` is
 refused here before a connection is even tried, and again by the session before bytes exist.
+
+With CAUSEWAY_NO_CLOUD in the environment nothing is connected to and nothing sent, whoever asks: it is read here, at every
+request, connection and message, and no argument or setting can undo it.
 """
 
 import asyncio
 import logging
+import os
 import random
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -35,6 +39,7 @@ from shared.serving import is_loopback
 from shared.session import ClientSession
 from shared.streams import ClientRules, Stream
 
+NO_CLOUD = "CAUSEWAY_NO_CLOUD"
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 30.0
 CLOSE_S = 0.5
 SHORT_LIFE_S = 1.0
@@ -71,7 +76,6 @@ class CloudBackend:
         connect_timeout: float = 3.0,
         first_token_timeout: float | None = 60.0,
         resume_ttl: float = 120.0,
-        no_cloud: bool = False,
         keep_connected: bool = False,
         allow_plaintext: bool = False,
         rules: ClientRules | None = None,
@@ -84,8 +88,7 @@ class CloudBackend:
         self._key = key
         self._connect_timeout = connect_timeout
         self._first_token_timeout = first_token_timeout
-        self._no_cloud = no_cloud
-        self._keep_connected = keep_connected and not no_cloud
+        self._keep_connected = keep_connected
         self._subprotocols = [Subprotocol(name) for name in subprotocols]
         self._tls = tls if tls or not self._url.startswith("wss:") else ssl.create_default_context()
         self._clock = clock
@@ -110,7 +113,7 @@ class CloudBackend:
         session = self._session
         card = session.models[0] if session.models else None
         return Link(
-            connected=session.up,
+            connected=session.up and not switched_off(os.environ),
             draining=session.draining,
             round_trip_s=session.round_trip,
             retry_after_s=session.reconnect_after if session.draining else None,
@@ -123,8 +126,7 @@ class CloudBackend:
         """Raises PolicyDenied, without a byte sent, for what must stay on the device."""
         if request.label != "free":
             raise PolicyDenied(f"labelled {request.label}: must not leave the device", param="label", source="edge")
-        if self._no_cloud:
-            raise PolicyDenied("the cloud is switched off on this device", source="edge")
+        _refuse_if_switched_off()
         if self._closed:
             raise Unreachable("the connection to the cloud is closed", source="edge")
         news = asyncio.Event()
@@ -198,7 +200,7 @@ class CloudBackend:
         """Whether a connection came about and was of use: one that breaks at once must not be retried at once."""
         try:
             websocket = await self._connect()
-        except (OSError, TimeoutError, WebSocketException, EOFError) as error:
+        except (OSError, TimeoutError, WebSocketException, EOFError, PolicyDenied) as error:
             self._session.refused(_refusal(error))
             return False
         self._session.connected(Codec.client(str(websocket.subprotocol)), self._clock())
@@ -211,6 +213,7 @@ class CloudBackend:
             self._arm()
 
     async def _connect(self) -> ClientConnection:
+        _refuse_if_switched_off()
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else None
         websocket = await _Connect(
             self._url,
@@ -262,8 +265,12 @@ class CloudBackend:
             return
 
     async def _send_all(self, websocket: ClientConnection) -> None:
-        while (message := self._session.next_message(self._clock())) is not None:
+        while not switched_off(os.environ):
+            message = self._session.next_message(self._clock())
+            if message is None:
+                return
             await websocket.send(message)
+        websocket.transport.abort()
 
     async def _back_off(self, failures: int) -> None:
         """Full jitter; a new request is a reason not to wait on."""
@@ -301,6 +308,16 @@ class _Connect(connect):
         return exc
 
 
+def switched_off(env: Mapping[str, str]) -> bool:
+    """Whether the environment forbids the cloud. Anything but a plain no counts as yes."""
+    return env.get(NO_CLOUD, "").strip().lower() not in {"", "0", "f", "false", "n", "no", "off"}
+
+
+def _refuse_if_switched_off() -> None:
+    if switched_off(os.environ):
+        raise PolicyDenied(f"{NO_CLOUD} is set: the cloud is switched off on this device", source="edge")
+
+
 def _checked(url: str, allow_plaintext: bool) -> str:
     """The endpoint's URL. Raises BadRequest naming `cloud`."""
     parts = urlsplit(url)
@@ -313,6 +330,8 @@ def _checked(url: str, allow_plaintext: bool) -> str:
 
 def _refusal(error: Exception) -> CausewayError:
     """Why there is no connection. The texts hold no address and no key."""
+    if isinstance(error, CausewayError):
+        return error
     if isinstance(error, InvalidStatus):
         status = error.response.status_code
         refusal = _REFUSALS.get(status, Unreachable)

@@ -314,15 +314,45 @@ async def test_edge_only_adds_no_byte_to_a_live_connection() -> None:
         assert len(cloud.proxy.up) == sent
 
 
-async def test_no_cloud_means_no_cloud() -> None:
-    """CAUSEWAY_NO_CLOUD=1: refused without a connection, kept or not."""
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on", "whatever"])
+async def test_no_cloud_means_no_cloud(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CAUSEWAY_NO_CLOUD: refused by name and without a connection, kept or not, though every caller asks for one."""
     async with site(EchoAnswer()) as cloud:
-        backend = cloud.make(no_cloud=True, keep_connected=True)
+        monkeypatch.setenv("CAUSEWAY_NO_CLOUD", value)
+        backend = cloud.make(keep_connected=True)
         backend.start()
-        with pytest.raises(PolicyDenied):
+        with pytest.raises(PolicyDenied, match="CAUSEWAY_NO_CLOUD"):
             await collect(backend, ask())
+        with pytest.raises(PolicyDenied):
+            await backend._connect()
+        await asyncio.sleep(0.2)  # the keeper has tried several times
 
     assert not cloud.proxy.happened
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "no", "off"])
+async def test_a_plain_no_leaves_the_cloud_on(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch is off where it says so."""
+    monkeypatch.setenv("CAUSEWAY_NO_CLOUD", value)
+    async with site(EchoAnswer()) as cloud:
+        assert text_of(await collect(cloud.backend, ask())) == "one two three "
+
+
+async def test_the_switch_cuts_a_live_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thrown while a connection is up: not one byte more is sent on it, it is cut, and no other is made."""
+    async with site(EchoAnswer()) as cloud:
+        backend = cloud.make(keep_connected=True)
+        await collect(backend, ask("r1", "harmless"))
+        monkeypatch.setenv("CAUSEWAY_NO_CLOUD", "1")
+        sent = len(cloud.proxy.up)
+        assert not backend.link().connected
+        with pytest.raises(PolicyDenied):
+            await collect(backend, ask("r2", "private"))
+        await until(lambda: not backend._session.up)  # its next ping was due
+        await asyncio.sleep(0.2)
+
+        assert len(cloud.proxy.up) == sent
+        assert cloud.proxy.happened["connected"] == 1
 
 
 async def test_a_bad_key_is_said_and_not_shown() -> None:
