@@ -6,6 +6,7 @@ streams, then stops the cloud under the edge's feet and asks once more. It leave
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -50,13 +51,15 @@ class NotReady(RuntimeError):
 
 
 def start(name: str, log: Path, *args: str) -> Daemon:
-    """Run one of our commands in a session of its own and wait for its `listening on` line."""
+    """Run one of our commands in a session of its own and wait for its `listening on` line. Its state lies beside the
+    log: it meets no daemon of the user's."""
     with log.open("wb") as out:
         process = psutil.Popen(
             [str(BIN / name), *args],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
+            env=os.environ | {"XDG_STATE_HOME": str(log.parent / "state")},
             start_new_session=True,
         )
     deadline = time.monotonic() + READY_S

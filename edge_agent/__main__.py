@@ -42,22 +42,39 @@ def serve(
     allow_plaintext: Annotated[
         bool | None, typer.Option("--allow-plaintext", help="Permit ws:// beyond loopback.")
     ] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where the administration's token lies.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="This daemon's folder: token, journal, lock.")] = None,
     drain_s: Annotated[float | None, typer.Option(help="Seconds that running answers get on SIGTERM.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="Rotated at log_bytes; else the log goes to stderr.")] = None,
 ) -> None:
     """Serve until SIGTERM; prints `listening on URL` when ready."""
     flags = {name: value for name, value in locals().items() if name != "config"}
     from edge_agent.settings import EdgeSettings
     from shared.config import load
+
+    def read() -> EdgeSettings:
+        return load(EdgeSettings, config, os.environ, flags)
+
+    settings = read()
+
+    from edge_agent.log_file import LogFile
+    from edge_agent.reload import LiveSettings
+    from edge_agent.run import run
     from shared.telemetry import set_up_logging
 
-    settings = load(EdgeSettings, config, os.environ, flags)
-    set_up_logging(settings.log_level)
+    path = settings.log_file
+    log = LogFile(path, max_bytes=settings.log_bytes, files=settings.log_files) if path else None
 
-    from edge_agent.run import run
+    def apply(now: EdgeSettings) -> None:
+        set_up_logging(now.log_level, log)
 
-    asyncio.run(run(settings))
+    def read_again() -> EdgeSettings:
+        if log:
+            log.reopen()
+        return read()
+
+    apply(settings)
+    asyncio.run(run(settings, LiveSettings(settings, load=read_again, file=config, apply=apply)))
 
 
 @app.command()

@@ -16,6 +16,8 @@ from edge_agent.intake import Intake
 from edge_agent.journal import Journal
 from edge_agent.offload import Offload
 from edge_agent.policy_file import PolicyFile
+from edge_agent.reload import Changes, LiveSettings
+from edge_agent.settings import EdgeSettings
 from router.features import VIRTUAL_MODELS
 from shared.schemas import ModelCard
 from shared.telemetry import Listener, RequestLog, RequestMetrics
@@ -36,10 +38,23 @@ class Daemon:
     counts: RouteCounts
     registry: CollectorRegistry
     journal: Journal | None
+    live: LiveSettings
+
+    async def reload(self) -> Changes:
+        """Read policy and settings again; says what became of the settings. Raises InvalidPolicy or InvalidSettings:
+        what is wrong stays as it was, and does not keep the other from being read."""
+        try:
+            return self.live.reload()
+        finally:
+            await self.policy.reload()
 
 
 def put_together(
-    local: LocalBackend, cloud: RemoteBackend | None, policy: PolicyFile, journal: Journal | None = None
+    local: LocalBackend,
+    cloud: RemoteBackend | None,
+    policy: PolicyFile,
+    journal: Journal | None = None,
+    live: LiveSettings | None = None,
 ) -> Daemon:
     registry, counts, device = CollectorRegistry(), RouteCounts(), Device(local)
     listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts)
@@ -62,6 +77,7 @@ def put_together(
         counts=counts,
         registry=registry,
         journal=journal,
+        live=live or LiveSettings(EdgeSettings()),
     )
     registry.register(Gauges(daemon))
     return daemon

@@ -1,14 +1,13 @@
 """The policy in force: read from a file, exchanged whole when the file changes, kept when the new one is wrong."""
 
 import asyncio
-import contextlib
 import hashlib
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from edge_agent.watching import ticks
 from router.defaults import default_policy
 from router.document import MAX_BYTES, Problem
 from router.policy import InvalidPolicy, Policy, parse
@@ -57,7 +56,7 @@ class PolicyFile:
         """Reload whenever the file's content changes; ends only by being cancelled."""
         if self._path is None:
             return
-        async for _ in _ticks(self._path):
+        async for _ in ticks(self._path, POLL_S):
             if await asyncio.to_thread(self._changed, self._path):
                 try:
                     await self.reload()
@@ -99,17 +98,3 @@ async def _settled(path: Path) -> bytes:
         if before == content:
             return content
     raise InvalidPolicy(path.name, (Problem(1, 1, "", "does not stop changing"),))
-
-
-async def _ticks(path: Path) -> AsyncIterator[None]:
-    """Something may have happened to the file. Its folder is watched, since editors replace files; and looked at now
-    and then, since not every file system tells."""
-    with contextlib.suppress(ImportError, OSError, RuntimeError):  # not installed, no folder, out of watches
-        from watchfiles import awatch
-
-        folder, every = path.parent, int(POLL_S * 1000)
-        async for _ in awatch(folder, watch_filter=None, recursive=False, rust_timeout=every, yield_on_timeout=True):
-            yield
-    while True:
-        await asyncio.sleep(POLL_S)
-        yield

@@ -15,22 +15,32 @@ from edge_agent.api.openai import openai_app
 from edge_agent.backends.cloud import CloudBackend
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.daemon import put_together
+from edge_agent.instance import Held, hold
 from edge_agent.journal import Journal
 from edge_agent.policy_file import PolicyFile
+from edge_agent.reload import LiveSettings, on_hangup
 from edge_agent.settings import EdgeSettings, check
 from shared.config import InvalidSettings, read_secret
 from shared.guard import Guard
 from shared.keys import Keys
 from shared.models import default_store, resolve, verify
-from shared.serving import serve
+from shared.serving import announce, serve
 
 
-async def run(settings: EdgeSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises CausewayError, before anything listens, if it must not or cannot start."""
+async def run(settings: EdgeSettings, live: LiveSettings | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises CausewayError, before anything listens, if it must not or cannot start.
+
+    `live` are the same settings as they can be read again; without it there is nothing to read.
+    """
     check(settings)
+    state = settings.state_dir or state_folder(os.environ, Path.home())
+    with hold(state) as held:
+        await _serve(settings, live or LiveSettings(settings), state, held)
+
+
+async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: Held) -> None:
     policy = PolicyFile(settings.policy)
     keys = Keys(settings.keys, source="edge") if settings.keys else None
-    state = settings.state_dir or state_folder(os.environ, Path.home())
     token = admin_token(state)
     async with AsyncExitStack() as closing:
         cloud, local = _cloud(settings), _local(settings)
@@ -41,18 +51,25 @@ async def run(settings: EdgeSettings) -> None:
         await local.start()
         journal = Journal(state / "journal.db")
         closing.callback(journal.close)
-        daemon = put_together(local, cloud, policy, journal)
+        daemon = put_together(local, cloud, policy, journal, live)
         app = openai_app(daemon, keys=keys, guard=_guard(settings))
         add_admin(app, daemon, token=token)
-        await closing.enter_async_context(background(daemon.device.watch, policy.watch))
+        closing.enter_context(on_hangup(daemon.reload))
+        await closing.enter_async_context(background(daemon.device.watch, policy.watch, live.watch))
         await serve(
             app,
             settings.host,
             settings.port,
+            on_listening=lambda url: _announce(url, held),
             tls=settings.tls,
             drain=daemon.intake.drain,
             drain_s=settings.drain_s,
         )
+
+
+def _announce(url: str, held: Held) -> None:
+    held.say(url)
+    announce(url)
 
 
 def _local(settings: EdgeSettings) -> LlamaBackend:

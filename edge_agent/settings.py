@@ -54,6 +54,12 @@ class EdgeSettings(Settings):
     """Where the administration's token lies; none: the XDG state folder."""
     drain_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 20.0
     log_level: LogLevel = "info"
+    log_file: Path | None = None
+    """Where the log goes, for its owner's eyes; none: stderr."""
+    log_bytes: Annotated[int, Field(ge=4096, le=1 << 40)] = 10_000_000
+    """Of one log file; then it is renamed and another begun."""
+    log_files: Annotated[int, Field(ge=1, le=100)] = 5
+    """How many are kept, the current one included."""
 
     @field_validator("cloud")
     @classmethod

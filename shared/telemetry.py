@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal, Protocol, TextIO
+from typing import Literal, Protocol
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -152,8 +152,16 @@ class RequestLog:
         )
 
 
-def set_up_logging(level: str = "info") -> None:
-    """JSON lines on stderr (values escaped, so no input can forge a line). Called once, from a `__main__`."""
+class Lines(Protocol):
+    """Where log lines go: a text stream, or what looks like one."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> None: ...
+
+
+def set_up_logging(level: str = "info", to: Lines | None = None) -> None:
+    """JSON lines (values escaped, so no input can forge a line), by default on stderr. Called from a `__main__`."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -163,7 +171,7 @@ def set_up_logging(level: str = "info") -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=lambda *_: _Lines(sys.stderr),
+        logger_factory=lambda *_: _Lines(to or sys.stderr),
         cache_logger_on_first_use=False,
     )
 
@@ -171,7 +179,7 @@ def set_up_logging(level: str = "info") -> None:
 class _Lines:
     """Writes lines to a stream. A log that cannot be written (closed, disk full) must not fail what it reports on."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Lines) -> None:
         self._stream = stream
 
     def msg(self, line: str) -> None:

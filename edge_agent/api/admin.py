@@ -1,7 +1,7 @@
 """Administration: everything under /admin needs the token, also what is not there.
 
 GET  /admin/status   who answered, the device, the link, the policy in force
-POST /admin/reload   read the policy file again, now
+POST /admin/reload   read the policy and the settings again, now; says which settings wait for a restart
 """
 
 import dataclasses
@@ -32,7 +32,11 @@ def add_admin(app: FastAPI, daemon: Daemon, *, token: str, clock: Callable[[], f
         return {"uptime_s": round(clock() - started, 3), **_status(daemon)}
 
     async def reload() -> dict[str, Any]:
-        return {"policy": _policy(await daemon.policy.reload(), daemon.policy.failures)}
+        changes = await daemon.reload()
+        return {
+            "policy": _policy(daemon.policy.current, daemon.policy.failures),
+            "settings": dataclasses.asdict(changes),
+        }
 
     handlers: dict[str, tuple[str, Handler]] = {"/admin/status": ("GET", status), "/admin/reload": ("POST", reload)}
 

@@ -4,8 +4,8 @@ One connection carries all requests. It is made at the first one, kept while the
 again with full jitter; what that means for each request is decided in the session. A request labelled `edge_only` is
 refused here before a connection is even tried, and again by the session before bytes exist.
 
-With CAUSEWAY_NO_CLOUD in the environment nothing is connected to and nothing sent, whoever asks: it is read here, at every
-request, connection and message, and no argument or setting can undo it.
+With CAUSEWAY_NO_CLOUD in the environment nothing is connected to and nothing sent, whoever asks: it is read here, at
+every request, connection and message, and no argument or setting can undo it.
 """
 
 import asyncio
