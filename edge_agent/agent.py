@@ -16,10 +16,10 @@ import msgspec
 from edge_agent.backends.base import LocalBackend, is_empty
 from edge_agent.offload import Offload
 from router.decide import Decision, decide
-from router.features import NO_CLOUD, DeviceReading, LinkReading, estimate_tokens
+from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
 from router.observe import observe
 from router.policy import Policy
-from router.records import Recorded
+from router.records import Recorded, Shadowed
 from shared.errors import CausewayError, PolicyDenied, UpstreamFailed
 from shared.schemas import ChatRequest, Delta, Route, Target
 from shared.telemetry import Listener, observed
@@ -38,7 +38,7 @@ class Plan:
 
 
 class Agent:
-    """An `Answer` made of two: the model on this device and, unless `offload` is None, the cloud.
+    """One answer made of two: the model on this device and, unless `offload` is None, the cloud.
 
     `policy` and `device` are asked anew for each request; a request keeps the policy that it was decided by.
     """
@@ -64,20 +64,28 @@ class Agent:
         self._wall_clock = wall_clock
         self._clock = clock
 
-    def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
-        """Every stream ends in exactly one way, and exactly one event says how."""
-        return observed(self._answer(request), request, self._listeners, clock=self._clock)
+    def answer(self, request: ChatRequest, tenant: str = "") -> AsyncGenerator[Delta, None]:
+        """Every stream ends in exactly one way, and exactly one event says how. `tenant`: whose request it is."""
+        return observed(self._answer(request, tenant), request, self._listeners, clock=self._clock)
 
     def link(self) -> LinkReading:
         return self._offload.reading() if self._offload else NO_CLOUD
 
-    async def plan(self, request: ChatRequest) -> Plan:
+    async def plan(self, request: ChatRequest, tenant: str = "") -> Plan:
         """What would happen to this request now, and by which policy. Runs nothing, raises nothing for a refusal."""
         prompt_tokens = await self._prompt_tokens(request)
-        policy = self._policy()
-        features = observe(request, policy, prompt_tokens=prompt_tokens)
+        whole = self._policy()
+        policy = whole.of(tenant)
+        features = observe(request, policy, prompt_tokens=prompt_tokens, tenant=tenant)
         device, link = self._device(), self.link()
-        record = Recorded(at=self._wall_clock(), request=features, device=device, link=link, policy=policy.fingerprint)
+        record = Recorded(
+            at=self._wall_clock(),
+            request=features,
+            device=device,
+            link=link,
+            policy=whole.fingerprint,
+            shadow=_shadowed(request, policy, features, device, link),
+        )
         try:
             decision = decide(features, policy, device=device, link=link)
         except CausewayError as error:
@@ -87,8 +95,8 @@ class Agent:
         )
         return Plan(policy, decision, said)
 
-    async def _answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
-        plan = await self.plan(request)
+    async def _answer(self, request: ChatRequest, tenant: str) -> AsyncGenerator[Delta, None]:
+        plan = await self.plan(request, tenant)
         if self._record is not None:
             self._record(request.id, plan.record)
         if isinstance(plan.decision, CausewayError):
@@ -159,3 +167,18 @@ def _routed(delta: Delta, route: Route) -> Delta:
     """Whoever answered knows best which model it ran; all else about the route is the Agent's to say."""
     said = delta.route.model if delta.route else ""
     return msgspec.structs.replace(delta, route=msgspec.structs.replace(route, model=said or route.model))
+
+
+def _shadowed(
+    request: ChatRequest, policy: Policy, features: RequestFeatures, device: DeviceReading, link: LinkReading
+) -> Shadowed | None:
+    """What the policy's shadow would have decided, if it has one."""
+    shadow = policy.shadowing
+    if shadow is None:
+        return None
+    seen = observe(request, shadow, prompt_tokens=features.prompt_tokens, tenant=features.tenant)
+    try:
+        decision = decide(seen, shadow, device=device, link=link)
+    except CausewayError as error:
+        return Shadowed(refused=error.code)
+    return Shadowed(target=decision.target, rule=decision.rule)

@@ -109,6 +109,9 @@ Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 WEEKDAYS: Final[tuple[Weekday, ...]] = get_args(Weekday)
 Weekdays = Annotated[tuple[Weekday, ...], Field(max_length=7), BeforeValidator(_listed)]
 
+TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Tenants = Annotated[tuple[TenantName, ...], Field(max_length=64), BeforeValidator(_listed)]
+
 _condition = partial(Field, default=None)
 
 
@@ -127,6 +130,7 @@ class When(Written):
     difficulty: Limits | None = _condition(description="learned probability that the cloud is needed, 0 to 1")
     label: Label | None = _condition(description="the request's label")
     model: Models | None = _condition(description="the requested model, virtual or real: one name or a list")
+    tenant: Tenants | None = _condition(description="whose key the client showed: one tenant or a list")
     fits_edge: bool | None = _condition(description="prompt and expected output fit the edge model's context")
     fits_cloud: bool | None = _condition(description="prompt and expected output fit the cloud model's context")
     queue_depth: Limits | None = _condition(description="requests waiting on the device")
@@ -171,7 +175,8 @@ def _holds(condition: Range | tuple[str, ...] | str | bool, value: Fact) -> bool
 
 def samples() -> Mapping[str, tuple[Fact, ...]]:
     """Some values of each fact, by its name: what an expression is tried on."""
-    texts: dict[str, tuple[Fact, ...]] = {"label": LABELS, "model": ("auto", "edge"), "weekday": WEEKDAYS}
+    texts: dict[str, tuple[Fact, ...]] = {"label": LABELS, "weekday": WEEKDAYS}
+    texts |= {"model": ("auto", "edge"), "tenant": ("", "a")}
     kinds: dict[object, tuple[Fact, ...]] = {bool | None: (False, True)}
     return {
         fact: texts.get(fact) or kinds.get(When.model_fields[name].annotation, (0.0, 1e9))

@@ -69,6 +69,7 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "difficulty": lambda case: case.request.difficulty,
     "label": lambda case: case.request.label,
     "model": lambda case: case.request.model,
+    "tenant": lambda case: case.request.tenant,
     "fits_edge": lambda case: _fits(case, case.device.context_length),
     "fits_cloud": lambda case: _fits(case, case.link.context_length),
     "queue_depth": lambda case: case.device.queue_depth,

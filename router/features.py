@@ -44,6 +44,8 @@ class RequestFeatures:
     """Probability that the cloud is right where the edge is wrong (`router.difficulty`), if the policy asks for it."""
     difficult_from: float | None = None
     """The difficulty from which the policy's goal sends a request to the cloud, if it has one."""
+    tenant: str = ""
+    """Whose request it is; empty where clients show no key."""
     bucket: float | None = None
     """In [0, 100), evenly spread over conversations and the same for every request of one."""
 
@@ -114,6 +116,7 @@ def measure(
     privacy: Privacy = CLEAN,
     difficulty: float | None = None,
     difficult_from: float | None = None,
+    tenant: str = "",
     bucket: float | None = None,
 ) -> RequestFeatures:
     """The request's own measures, with those that others made of it; see `router.observe`."""
@@ -133,6 +136,7 @@ def measure(
         privacy=privacy,
         difficulty=difficulty,
         difficult_from=difficult_from,
+        tenant=tenant,
         bucket=bucket,
     )
 

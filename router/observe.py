@@ -13,7 +13,7 @@ from shared.schemas import ChatRequest
 BUCKETS: Final = 10_000
 
 
-def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int) -> RequestFeatures:
+def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int, tenant: str = "") -> RequestFeatures:
     """`prompt_tokens` is the tokenizer's count of the whole templated prompt, or `estimate_tokens(request)`. Takes well
     under a millisecond for a short prompt; the first call makes the detector or reads the difficulty's weights."""
     looked_through = policy.asks_privacy or request.label == "redact"
@@ -25,6 +25,7 @@ def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int) -> Requ
         privacy=inspect(request, policy.privacy.detector) if looked_through else CLEAN,
         difficulty=difficulty,
         difficult_from=difficult_from,
+        tenant=tenant,
         bucket=bucket(request) if policy.asks("bucket") else None,
     )
 

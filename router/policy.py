@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from router.conditions import MAP, TEXT, Condition, Range, When, Written
+from router.conditions import MAP, TEXT, Condition, Range, TenantName, When, Written
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
 from router.features import EXPECTED_OUTPUT_TOKENS
 from router.privacy.checks import SUPPORTED_REGIONS
@@ -28,6 +28,7 @@ __all__ = ["Breaker", "CacheRules", "InvalidPolicy", "Policy", "Problem", "Rule"
 Mode = Literal["prefer_edge", "only_edge", "prefer_cloud", "only_cloud"]
 
 MAX_RULES: Final = 256
+MAX_TENANTS: Final = 256
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 """Goes into reply headers, hence the narrow alphabet."""
 
@@ -146,6 +147,30 @@ class Breaker(Written):
         return self
 
 
+class Override(Written):
+    """What differs from the policy around it; what is not given stays. Its rules come first, and one that has the name
+    of a common rule takes its place."""
+
+    mode: Mode | None = None
+    fallback: Literal["edge", "none"] | None = None
+    rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
+    goal: Goal | None = None
+    privacy: PrivacyRules | None = None
+
+    def over(self, base: "Policy", **others: Any) -> "Policy":
+        """`base` with these changes and `others`; raises pydantic.ValidationError if they contradict each other."""
+        given = {name: value for name in ("mode", "fallback", "goal", "privacy") if (value := getattr(self, name))}
+        mode, own = given.get("mode", base.mode), {rule.name for rule in self.rules}
+        common = () if self.rules and self.rules[-1].unconditional else base.rules
+        kept = tuple(rule for rule in common if rule.name not in own and _permits(mode, rule))
+        same = {name: getattr(base, name) for name in Policy.model_fields}
+        return Policy(**{**same, **given, "rules": self.rules + kept, "tenants": {}, **others})
+
+
+def _permits(mode: Mode, rule: Rule) -> bool:
+    return not mode.startswith("only_") or mode == f"only_{rule.target}"
+
+
 class Policy(Written):
     """Where requests may go, where they should go, and what happens when that side cannot answer."""
 
@@ -168,6 +193,23 @@ class Policy(Written):
         float, Field(gt=0, le=3_600_000, description="a slower link is avoided while the edge can answer")
     ] = 2000.0
     breaker: Breaker = Breaker()
+    tenants: Annotated[dict[TenantName, Override], Field(max_length=MAX_TENANTS)] = Field(
+        default_factory=dict, description="what differs for a tenant's requests"
+    )
+    shadow: Override | None = Field(None, description="decided beside the policy and recorded, never acted on")
+
+    def of(self, tenant: str) -> "Policy":
+        """What holds for this tenant's requests."""
+        return self._of_tenants.get(tenant, self)
+
+    @cached_property
+    def shadowing(self) -> "Policy | None":
+        """This policy with its shadow's changes."""
+        return self.shadow.over(self, shadow=None) if self.shadow else None
+
+    @cached_property
+    def _of_tenants(self) -> dict[str, "Policy"]:
+        return {name: override.over(self) for name, override in self.tenants.items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -193,11 +235,23 @@ class Policy(Written):
         for number, rule in enumerate(self.rules):
             if first_with.setdefault(rule.name, number) != number:
                 raise _at(("rules", number, "name"), f"rules[{first_with[rule.name]}] has this name")
-            if self.mode.startswith("only_") and self.mode != f"only_{rule.target}":
+            if not _permits(self.mode, rule):
                 raise _at(("rules", number, "target"), f"mode {self.mode} never sends a request there")
             if number and self.rules[number - 1].unconditional:
                 raise _at(("rules", number), f"never reached: rules[{number - 1}] has no conditions")
+        for name, override in self.tenants.items():
+            _refuse_contradiction(("tenants", name), override, self)
+        if self.shadow is not None:
+            _refuse_contradiction(("shadow",), self.shadow, self, shadow=None)
         return self
+
+
+def _refuse_contradiction(path: Path, override: Override, base: Policy, **others: Any) -> None:
+    try:
+        override.over(base, **others)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise _at((*path, *first.get("ctx", {}).get("path", ())), first["msg"]) from None
 
 
 def parse(source: str | bytes, *, name: str = "policy") -> Policy:
@@ -251,10 +305,12 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         "privacy": PrivacyRules,
         "goal": Goal,
         "cache": CacheRules,
+        "shadow": Override,
     }
     parent: type[BaseModel] = Policy
-    for step in loc[:-1]:
-        parent = Rule if isinstance(step, int) else models.get(step, Range)
+    for before, step in zip(("", *loc), loc[:-1], strict=False):
+        in_tenant = before == "tenants"
+        parent = Rule if isinstance(step, int) else Override if in_tenant else models.get(step, Range)
     names = [field.alias or name for name, field in parent.model_fields.items()]
     close = difflib.get_close_matches(str(loc[-1])[:80], names, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"

@@ -34,6 +34,15 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shadowed:
+    """What the policy's shadow would have done."""
+
+    target: Target | None = None
+    rule: str = ""
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
     """One decision: what it saw, what it said, what came of it. `at` in seconds since 1970; `refused` is an error's
     code, and then there is no target. `policy` names the version that decided."""
@@ -48,6 +57,7 @@ class Recorded:
     reason: str = ""
     redact: bool = False
     refused: str = ""
+    shadow: Shadowed | None = None
     outcome: Outcome = Outcome()
 
 

@@ -16,6 +16,7 @@ class ScriptedAnswer:
 
     def __init__(self, *script: Delta | Exception | asyncio.Event | float) -> None:
         self.script: Sequence[Delta | Exception | asyncio.Event | float] = script
+        self.tenants: list[str] = []
         self.requests: list[ChatRequest] = []
         self.closed: list[str] = []
         self.yielded = 0
@@ -32,8 +33,9 @@ class ScriptedAnswer:
             self.ended.clear()
             await self.ended.wait()
 
-    async def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+    async def answer(self, request: ChatRequest, tenant: str = "") -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
+        self.tenants.append(tenant)
         self.begun.set()
         try:
             for step in self.script:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from fastapi import FastAPI
 
 from edge_agent.daemon import Daemon, health, model_cards
+from edge_agent.intake import ForTenant
 from shared.guard import Guard
 from shared.http import create_app
 from shared.keys import Keys
@@ -15,9 +16,7 @@ def openai_app(daemon: Daemon, *, keys: Keys | None, guard: Guard) -> FastAPI:
     """`keys` None: whoever reaches this address may ask, with any key or none. The guard holds all the same."""
 
     def answer_for(headers: Mapping[str, str]) -> Answer:
-        if keys is not None:
-            keys.tenant_of(headers)
-        return daemon.intake
+        return ForTenant(daemon.intake, keys.tenant_of(headers) if keys is not None else "")
 
     return create_app(
         answer_for=answer_for,

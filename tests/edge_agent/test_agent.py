@@ -12,6 +12,7 @@ from edge_agent.agent import Agent
 from edge_agent.device import Device
 from edge_agent.offload import Offload
 from router.policy import Policy, parse
+from router.records import Shadowed
 from shared.errors import (
     BY_CODE,
     BadRequest,
@@ -459,3 +460,28 @@ async def test_a_request_keeps_the_policy_it_was_decided_by() -> None:
 
     assert text_of([first, *rest]) == "from there"
     assert (await collect(edge.agent, ask()))[0][0].route.target == "edge"  # type: ignore[union-attr]
+
+
+async def test_a_tenants_requests_follow_its_own_part_of_the_policy() -> None:
+    """The plan names the whole policy's version, and what the shadow would have done is recorded, not done."""
+    edge = Edge(policy=PREFER_CLOUD + "tenants: {lab: {mode: only_edge}}\nshadow: {mode: prefer_edge}")
+
+    lab, other = await edge.agent.plan(ask(), "lab"), await edge.agent.plan(ask())
+
+    assert (lab.record.target, other.record.target) == ("edge", "cloud")
+    assert (lab.record.request.tenant, other.record.request.tenant) == ("lab", "")
+    assert lab.record.policy == other.record.policy == edge.policy.fingerprint
+    assert other.record.shadow == Shadowed(target="edge", rule="mode")
+    deltas, _ = await collect(edge.agent, ask())
+    assert deltas[-1].route is not None
+    assert deltas[-1].route.target == "cloud"
+
+
+async def test_a_shadow_that_refuses_hurts_nobody() -> None:
+    """Its refusal is what is recorded."""
+    edge = Edge(policy="mode: prefer_edge\nshadow: {mode: only_cloud, fallback: none}", cloud=None)
+
+    plan = await edge.agent.plan(ask())
+
+    assert plan.record.target == "edge"
+    assert plan.record.shadow == Shadowed(refused="policy_denied")

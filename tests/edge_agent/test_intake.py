@@ -29,6 +29,7 @@ async def test_drain_waits_for_what_runs_and_takes_nothing_new() -> None:
     assert isinstance(error, Overloaded)
     assert error.retry_after
     assert text_of(finished) == "from here"
+    assert inner.tenants == [""]
     assert [request.id for request in inner.requests] == ["running"]
 
 
