@@ -73,7 +73,7 @@ class Agent:
 
     async def plan(self, request: ChatRequest, tenant: str = "") -> Plan:
         """What would happen to this request now, and by which policy. Runs nothing, raises nothing for a refusal."""
-        prompt_tokens = await self._prompt_tokens(request)
+        prompt_tokens = await self.prompt_tokens(request)
         whole = self._policy()
         policy = whole.of(tenant)
         features = observe(request, policy, prompt_tokens=prompt_tokens, tenant=tenant)
@@ -144,7 +144,7 @@ class Agent:
             raise PolicyDenied("no cloud is configured")
         return self._offload.answer(request, policy)
 
-    async def _prompt_tokens(self, request: ChatRequest) -> int:
+    async def prompt_tokens(self, request: ChatRequest) -> int:
         """By the local tokenizer if it can, else estimated: a broken model must not keep requests from the cloud."""
         if not self._local.reading().available:
             return estimate_tokens(request)

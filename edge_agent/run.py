@@ -9,9 +9,10 @@ from pathlib import Path
 
 import structlog
 
+from edge_agent.api.access import Access
 from edge_agent.api.admin import add_admin
-from edge_agent.api.credentials import admin_token, state_folder
-from edge_agent.api.openai import openai_app
+from edge_agent.api.app import edge_app
+from edge_agent.api.credentials import admin_token, client_token, state_folder
 from edge_agent.backends.cloud import CloudBackend
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.daemon import put_together
@@ -42,6 +43,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
     policy = PolicyFile(settings.policy)
     keys = Keys(settings.keys, source="edge") if settings.keys else None
     token = admin_token(state)
+    access = Access(keys, client_token(state) if settings.require_key else None)
     async with AsyncExitStack() as closing:
         cloud, local = _cloud(settings), _local(settings)
         if cloud is not None:
@@ -52,7 +54,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         journal = Journal(state / "journal.db")
         closing.callback(journal.close)
         daemon = put_together(local, cloud, policy, journal, live)
-        app = openai_app(daemon, keys=keys, guard=_guard(settings))
+        app = edge_app(daemon, keys=access, guard=_guard(settings))
         add_admin(app, daemon, token=token)
         closing.enter_context(on_hangup(daemon.reload))
         await closing.enter_async_context(background(daemon.device.watch, policy.watch, live.watch))

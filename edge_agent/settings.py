@@ -46,6 +46,8 @@ class EdgeSettings(Settings):
     tls_key: Path | None = None
     keys: Path | None = None
     """Hashes of the keys that clients must show; none: on loopback any client is served."""
+    require_key: bool = False
+    """Also on loopback each client shows a key: one of `keys`, or the token in `client.token` of the state folder."""
     hosts: tuple[str, ...] = ()
     """Names, besides the loopback ones and `host`, under which clients may ask for this server."""
     origins: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ def read_tools(chat: ChatBody) -> ToolsAsked:
     left out."""
     if len(chat.tools) > MAX_TOOLS:
         raise BadRequest(f"at most {MAX_TOOLS} tools", param="tools")
-    tools = tuple(_tool(one.function, one.type, f"tools[{at}]") for at, one in enumerate(chat.tools))
+    tools = tuple(read_tool(one.function, one.type, f"tools[{at}]") for at, one in enumerate(chat.tools))
     choice, allowed = _choice(chat.tool_choice)
     if not tools and choice != "required":
         return ToolsAsked((), "auto", (), True)
@@ -47,7 +47,7 @@ def _check_arguments(text: str, param: str) -> None:
         raise BadRequest("arguments must be a JSON object, as text", param=param) from error
 
 
-def _tool(function: FunctionBody | None, kind: str, where: str) -> Tool:
+def read_tool(function: FunctionBody | None, kind: str, where: str) -> Tool:
     if kind != "function" or function is None:
         raise UnsupportedParameter("only tools of type function are supported", param=f"{where}.type")
     given = {} if function.parameters is None else {"parameters": msgspec.json.encode(function.parameters).decode()}

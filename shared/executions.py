@@ -222,7 +222,7 @@ class Execution:
         if self._end is not None or last.finish_reason is None:
             return
         seq, digest = len(self._log) + 1, self._sha256.digest()
-        end = End(1, seq, last.finish_reason, last.usage, self._bytes, digest, self._route)
+        end = End(1, seq, last.finish_reason, last.usage, self._bytes, digest, self._route, last.stop)
         self._close(end, "cancelled" if last.finish_reason == "cancelled" else "done", now)
 
     def _close(self, end: End | Err, outcome: Outcome, now: float) -> None:

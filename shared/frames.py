@@ -131,6 +131,7 @@ class End(_Frame, frozen=True):
     total_bytes: Count
     sha256: Hash
     route: Route | None = None
+    stop: str | None = None
 
 
 class Err(_Frame, frozen=True):

@@ -27,6 +27,7 @@ from shared.bodies import (
     NEUTRAL_COMPLETION,
     NEUTRAL_MESSAGE,
     NEUTRAL_PART,
+    CausewayOptions,
     ChatBody,
     CommonBody,
     CompletionBody,
@@ -140,7 +141,7 @@ def _call(
             sampling=sampling,
             **({} if asked is None else asked._asdict()),
             grammar=read_grammar(body.response_format, body.structured_outputs),
-            label=_stricter(_label(body.causeway.label, "causeway.label"), _label(label or "free", "x-causeway-label")),
+            label=read_label(body.causeway, label),
             priority=_priority(body.service_tier),
             deadline_s=body.causeway.deadline_s,
         )
@@ -242,6 +243,11 @@ def _text(raw: dict[str, Any], where: str) -> str:
     return read_fields(raw, PartBody, NEUTRAL_PART, where).text
 
 
+def read_label(options: CausewayOptions, header: str | None) -> Label:
+    """The stricter of what body and header say. Raises BadRequest."""
+    return stricter(_label(options.label, "causeway.label"), _label(header or "free", "x-causeway-label"))
+
+
 def _label(value: str, param: str) -> Label:
     for label in LABELS:
         if value == label:
@@ -255,7 +261,7 @@ def _priority(tier: str) -> Priority:
     return _TIERS[tier]
 
 
-def _stricter(one: Label, other: Label) -> Label:
+def stricter(one: Label, other: Label) -> Label:
     return next(label for label in LABELS if label in (one, other))
 
 

@@ -272,7 +272,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One piece of an answer. The last one of a stream, and only it, has `finish_reason` and `usage`.
 
     `tokens` counts the model's tokens behind `text` (0 while text is held back for a stop string or half a character).
-    `route` is set by the Agent on the first and the last delta.
+    `route` is set by the Agent on the first and the last delta. `stop`, on the last, is the stop string that ended it.
     """
 
     text: str = ""
@@ -282,6 +282,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     route: Route | None = None
+    stop: str | None = None
 
 
 class Answer(Protocol):

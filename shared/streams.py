@@ -175,7 +175,9 @@ class Stream:
             raise Unrecoverable("the answer arrived damaged", source="cloud")
         self.received = frame.seq
         if not self._over:
-            self._inbox.append(Delta(finish_reason=frame.finish_reason, usage=frame.usage, route=frame.route))
+            self._inbox.append(
+                Delta(finish_reason=frame.finish_reason, usage=frame.usage, route=frame.route, stop=frame.stop)
+            )
         self.finish(None)
 
     def on_failure(self, frame: Err, error: CausewayError) -> None:

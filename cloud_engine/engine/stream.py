@@ -65,7 +65,15 @@ class TextStream:
         usage = None
         if reason is not None:
             usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._total, cached_tokens=cached_tokens)
-        return Delta(text=text, tokens=tokens, logprobs=logprobs, tool_calls=calls, finish_reason=reason, usage=usage)
+        return Delta(
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs,
+            tool_calls=calls,
+            finish_reason=reason,
+            usage=usage,
+            stop=None if reason is None else self._scanner.hit,
+        )
 
     def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
         spelled = self._tokenizer.token_bytes(sampled.token)

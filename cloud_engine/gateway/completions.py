@@ -246,7 +246,8 @@ class ChunkReader:
         if self._finish == "stop" and self._calls:  # what vLLM says of a call that was asked for
             self._finish = "tool_calls"
         counted = Usage(prompt_tokens=self._prompt_estimate, completion_tokens=self.tokens)
-        return Delta(text=self._scanner.flush(), finish_reason=self._finish, usage=self._usage or counted)
+        usage, stop = self._usage or counted, self._scanner.hit
+        return Delta(text=self._scanner.flush(), finish_reason=self._finish, usage=usage, stop=stop)
 
     def _piece(self, choice: _Choice) -> Delta | None:
         message = choice.delta or _Message()

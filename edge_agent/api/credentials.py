@@ -1,4 +1,4 @@
-"""Who may administer the edge: whoever can read the token in its state folder."""
+"""Who may administer the edge, or use it where a key is required: whoever can read the tokens in its state folder."""
 
 import os
 import secrets
@@ -8,6 +8,7 @@ from pathlib import Path
 from shared.config import InvalidSettings, read_secret
 
 TOKEN_FILE = "admin.token"  # noqa: S105  a name, no secret
+CLIENT_TOKEN_FILE = "client.token"  # noqa: S105
 
 
 def bearer(headers: Mapping[str, str]) -> str:
@@ -16,12 +17,12 @@ def bearer(headers: Mapping[str, str]) -> str:
     return credential.strip() if scheme.lower() == "bearer" else ""
 
 
-def admin_token(state: Path) -> str:
+def admin_token(state: Path, name: str = TOKEN_FILE) -> str:
     """The administration's token, made at first start in a file that only this user can read.
 
     Raises InvalidSettings if it cannot be made, or others could have read it.
     """
-    path = state / TOKEN_FILE
+    path = state / name
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
@@ -32,6 +33,11 @@ def admin_token(state: Path) -> str:
     if shared_with:
         raise InvalidSettings(f"state_dir: other users can read {path}: delete it or `chmod 600` it", param="state_dir")
     return read_secret(path, "state_dir")
+
+
+def client_token(state: Path) -> str:
+    """The token that this device's own clients show where a key is required; otherwise like `admin_token`."""
+    return admin_token(state, CLIENT_TOKEN_FILE)
 
 
 def _create(path: Path, secret: str) -> None:

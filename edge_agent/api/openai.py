@@ -1,28 +1,46 @@
 """The OpenAI surface of the edge: the shared routes over this device's Agent."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from fastapi import FastAPI
 
 from edge_agent.daemon import Daemon, health, model_cards
 from edge_agent.intake import ForTenant
-from shared.guard import Guard
+from shared.guard import Guard, Shape
 from shared.http import create_app
-from shared.keys import Keys
+from shared.replies import error_body
 from shared.schemas import Answer
 
 
-def openai_app(daemon: Daemon, *, keys: Keys | None, guard: Guard) -> FastAPI:
+class Keyring(Protocol):
+    def tenant_of(self, headers: Mapping[str, str]) -> str:
+        """Who asks. Raises Unauthorized."""
+
+
+def openai_app(
+    daemon: Daemon,
+    *,
+    keys: Keyring | None,
+    guard: Guard,
+    shape_of: Callable[[str], Shape] = lambda _: error_body,
+) -> FastAPI:
     """`keys` None: whoever reaches this address may ask, with any key or none. The guard holds all the same."""
-
-    def answer_for(headers: Mapping[str, str]) -> Answer:
-        return ForTenant(daemon.intake, keys.tenant_of(headers) if keys is not None else "")
-
     return create_app(
-        answer_for=answer_for,
+        answer_for=answers(daemon, keys),
         models=lambda: model_cards(daemon),
         health=lambda: health(daemon),
         registry=daemon.registry,
         source="edge",
         guard=guard,
+        shape_of=shape_of,
     )
+
+
+def answers(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]], Answer]:
+    """By a request's headers, who answers it: on every surface."""
+
+    def answer_for(headers: Mapping[str, str]) -> Answer:
+        return ForTenant(daemon.intake, keys.tenant_of(headers) if keys is not None else "")
+
+    return answer_for

@@ -80,7 +80,15 @@ class TextStream:
             usage = Usage(
                 prompt_tokens=self._prompt_tokens, completion_tokens=self._total, cached_tokens=self.cached_tokens
             )
-        return Delta(text=text, tokens=tokens, logprobs=logprobs, tool_calls=calls, finish_reason=reason, usage=usage)
+        return Delta(
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs,
+            tool_calls=calls,
+            finish_reason=reason,
+            usage=usage,
+            stop=None if reason is None else self._scanner.hit,
+        )
 
     def _logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
         top = tuple(TopLogprob(*self._spelled(token, value)) for token, value in sampled.top)

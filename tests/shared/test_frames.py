@@ -42,7 +42,9 @@ FROM_SERVER: tuple[Frame, ...] = (
     frames.Accept(1, 1, TOKEN),
     frames.Data(1, 1, 0, 'naïve "\x00\U0001f600"', 1, LOGPROBS),
     frames.Data(1, 2, 0, "", 0, (), (ToolPiece(0, "", "call_1", "f"), ToolPiece(0, '{"a": "é\x00'))),
-    frames.End(1, 2, "stop", Usage(prompt_tokens=1, completion_tokens=2), 3, DIGEST, Route(target="cloud", reason="r")),
+    frames.End(
+        1, 2, "stop", Usage(prompt_tokens=1, completion_tokens=2), 3, DIGEST, Route(target="cloud", reason="r"), "\n"
+    ),
     frames.Err(1, 0, "overloaded", "busy", retry_after=1.5),
     frames.Resumed(2, 2, 8, TOKEN),
     frames.Ping(1),

@@ -44,6 +44,7 @@ def test_deltas_add_up_to_the_text_before_the_first_stop(tokenizer, text, stops)
     cuts = [seen.find(stop) for stop in stops if stop in seen]
     assert text_of(deltas) == seen[: min(cuts, default=len(text))]
     assert deltas[-1].finish_reason == ("stop" if cuts else "length")
+    assert (deltas[-1].stop in stops) == bool(cuts)
     assert all(delta.finish_reason is None and delta.usage is None for delta in deltas[:-1])
 
 

@@ -65,6 +65,7 @@ def test_a_stop_string_across_tokens_is_never_shown() -> None:
 
     assert text_of(deltas) == "one"
     assert deltas[-1].finish_reason == "stop"
+    assert [delta.stop for delta in deltas] == [None] * (len(deltas) - 1) + ["\n\n"]
     assert sum(delta.tokens for delta in deltas) == 5
 
 

@@ -1,0 +1,33 @@
+"""All surfaces of the edge in one application: one Agent, one guard, one way in; only the words differ."""
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from fastapi import FastAPI
+
+from edge_agent.api.anthropic import routes as anthropic
+from edge_agent.api.anthropic.write import error_body as anthropic_error
+from edge_agent.api.openai import Keyring, answers, openai_app
+from edge_agent.daemon import Daemon
+from shared.guard import Guard, Shape
+from shared.replies import error_body
+from shared.schemas import ChatRequest
+
+
+def edge_app(daemon: Daemon, *, keys: Keyring | None, guard: Guard) -> FastAPI:
+    """`keys` None: whoever reaches this address may ask, with any key or none. The guard holds all the same."""
+    app = openai_app(daemon, keys=keys, guard=guard, shape_of=shape_of)
+    answer_for = answers(daemon, keys)
+
+    def count_for(headers: Mapping[str, str]) -> Callable[[ChatRequest], Awaitable[int]]:
+        answer_for(headers)
+        return daemon.agent.prompt_tokens
+
+    anthropic.add_anthropic(app, answer_for, count_for)
+    return app
+
+
+def shape_of(path: str) -> Shape:
+    """How an error looks there, also of what the guard refuses."""
+    if path.startswith(anthropic.PATH):
+        return anthropic_error
+    return error_body
