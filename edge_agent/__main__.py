@@ -1,4 +1,4 @@
-"""The command line: `serve`, `chat`, `pull`, `list`, `rm`, `keys new`. Heavy imports wait until they are needed."""
+"""The command line: `serve`, `chat`, `keys new`, and the commands about models. Heavy imports wait until needed."""
 
 import asyncio
 import os
@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from edge_agent.model_commands import add_model_commands
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients beyond loopback must show.")
 app.add_typer(keys_app, name="keys")
+add_model_commands(app)
 
 EXIT_ERROR = 2
 
@@ -95,35 +98,6 @@ def chat(
     converse(url, model, private=private, key=key, read=lambda: input("> "), write=write)
 
 
-@app.command()
-def pull(
-    name: Annotated[str, typer.Argument(help="A name such as smollm2:135m, or the https:// URL of a GGUF file.")],
-    sha256: Annotated[str | None, typer.Option(help="What a URL must deliver, in hexadecimal.")] = None,
-) -> None:
-    """Put a model into the store, checked; instant if it is there."""
-    from edge_agent.models import pull as pull_model
-
-    pull_model(name, store=_store(), sha256=sha256)
-
-
-@app.command("list")
-def list_models() -> None:
-    """The models on this device: name, size, the first digits of the SHA-256."""
-    from edge_agent.models import list_models as models
-
-    for model in models(_store()):
-        typer.echo(f"{model.name:<40} {model.size / 1e6:>8.0f} MB  {model.sha256[:12]}")
-
-
-@app.command("rm")
-def remove(name: Annotated[str, typer.Argument(help="As `list` shows it.")]) -> None:
-    """Remove a model from the store."""
-    from edge_agent.models import remove as remove_model
-
-    remove_model(name, store=_store())
-    typer.echo(f"removed {name}")
-
-
 @keys_app.command("new")
 def keys_new(
     keys: Annotated[Path, typer.Option(help="File to add the key's hash to, made with mode 0600 if need be.")],
@@ -133,12 +107,6 @@ def keys_new(
     from shared.keys import new_key
 
     typer.echo(new_key(keys, client, now=datetime.now(UTC)))
-
-
-def _store() -> Path:
-    from shared.models import default_store
-
-    return default_store(os.environ, Path.home())
 
 
 def main() -> None:

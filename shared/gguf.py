@@ -9,9 +9,11 @@ shape, type, offset); padding to `general.alignment`; tensor data.
 
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from shared.errors import BadRequest
 
@@ -21,6 +23,8 @@ MAX_TENSORS = 1 << 16
 MAX_METADATA = 1 << 16
 MAX_NAME_BYTES = 1 << 16
 MAX_DIMS = 4
+MAX_TEXT_BYTES = 1 << 20
+"""A longer text among the metadata is passed over, not kept: no chat template is so long."""
 MAX_ALIGNMENT = 1 << 16
 
 BLOCKS: dict[int, tuple[int, int]] = {
@@ -36,7 +40,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _POSITIVE = (".block_count", ".embedding_length", ".context_length", ".head_count", ".head_count_kv")
 
-_Value = int | float | bytes | None
+Value = int | float | bytes | None
 """A metadata value: an array is not kept and is None."""
 
 
@@ -48,13 +52,16 @@ class ModelInvalid(BadRequest):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the check learnt on its way. `data_start` counts bytes from the beginning of the file."""
+    """What the check learnt on its way. `data_start` counts bytes from the beginning of the file, `parameters` the
+    numbers in all tensors; `values` are the metadata by key."""
 
     version: int
     tensors: int
     metadata: int
     architecture: str
     data_start: int
+    parameters: int
+    values: Mapping[bytes, Value]
 
 
 def check(path: Path) -> Header:
@@ -86,8 +93,10 @@ class _Reader:
         return start
 
     def take(self, count: int, what: str) -> bytes:
-        start = self.skip(count, what)
-        return self._data[start : self.at]
+        return self.slice(self.skip(count, what), count)
+
+    def slice(self, start: int, count: int) -> bytes:
+        return self._data[start : start + count]
 
     def scalar(self, layout: str, what: str) -> int | float:
         value: int | float = struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
@@ -130,22 +139,23 @@ def _check(reader: _Reader) -> Header:
     metadata = _metadata(reader, entries)
     alignment = _alignment(metadata)
     table = [_tensor(reader, index) for index in range(tensors)]
-    if len({name for name, _, _ in table}) != tensors:
+    if len({tensor.name for tensor in table}) != tensors:
         raise ModelInvalid("two tensors have the same name")
     data_start = -(-reader.at // alignment) * alignment
-    for index, (_, offset, size) in enumerate(table):
-        if offset % alignment:
+    for index, tensor in enumerate(table):
+        if tensor.offset % alignment:
             raise ModelInvalid(f"tensor {index} is not aligned to {alignment} bytes")
-        if data_start + offset + size > reader.size:
+        if data_start + tensor.offset + tensor.size > reader.size:
             raise ModelInvalid(f"tensor {index} ends beyond the end of the file")
     architecture = metadata.get(b"general.architecture")
     if not isinstance(architecture, bytes) or not architecture.isascii():
         raise ModelInvalid("general.architecture is missing")
-    return Header(version, tensors, entries, architecture.decode("ascii"), data_start)
+    parameters = sum(tensor.elements for tensor in table)
+    return Header(version, tensors, entries, architecture.decode("ascii"), data_start, parameters, metadata)
 
 
-def _metadata(reader: _Reader, entries: int) -> dict[bytes, _Value]:
-    metadata: dict[bytes, _Value] = {}
+def _metadata(reader: _Reader, entries: int) -> dict[bytes, Value]:
+    metadata: dict[bytes, Value] = {}
     for index in range(entries):
         key = reader.text(MAX_NAME_BYTES, f"key of metadata entry {index}")
         if key in metadata:
@@ -157,10 +167,12 @@ def _metadata(reader: _Reader, entries: int) -> dict[bytes, _Value]:
     return metadata
 
 
-def _value(reader: _Reader, what: str) -> _Value:
+def _value(reader: _Reader, what: str) -> Value:
     kind = reader.u32(f"type of {what}")
     if kind == _STRING:
-        return reader.text(reader.size, what)
+        size = reader.count(reader.size, f"length of {what}")
+        start = reader.skip(size, what)
+        return reader.slice(start, size) if size <= MAX_TEXT_BYTES else None
     if kind in _SCALARS:
         return reader.scalar(_SCALARS[kind], what)
     if kind != _ARRAY:
@@ -176,15 +188,23 @@ def _value(reader: _Reader, what: str) -> _Value:
     return None
 
 
-def _alignment(metadata: dict[bytes, _Value]) -> int:
+def _alignment(metadata: dict[bytes, Value]) -> int:
     alignment = metadata.get(b"general.alignment", 32)
     if not isinstance(alignment, int) or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise ModelInvalid(f"general.alignment is not a power of two from 8 to {MAX_ALIGNMENT}")
     return alignment
 
 
-def _tensor(reader: _Reader, index: int) -> tuple[bytes, int, int]:
-    """Read one row of the tensor table: name, offset from the start of the data, size in bytes."""
+class _Tensor(NamedTuple):
+    """One row of the tensor table: `offset` from the start of the data, `size` in bytes."""
+
+    name: bytes
+    offset: int
+    size: int
+    elements: int
+
+
+def _tensor(reader: _Reader, index: int) -> _Tensor:
     what = f"tensor {index}"
     name = reader.text(MAX_NAME_BYTES, f"name of {what}")
     dims = reader.u32(f"shape of {what}")
@@ -197,4 +217,5 @@ def _tensor(reader: _Reader, index: int) -> tuple[bytes, int, int]:
     elements, size = BLOCKS[kind]
     if not all(shape) or shape[0] % elements or prod(shape) >= 1 << 63:
         raise ModelInvalid(f"{what} has an impossible shape")
-    return name, int(reader.scalar("<Q", f"offset of {what}")), prod(shape) // elements * size
+    offset = int(reader.scalar("<Q", f"offset of {what}"))
+    return _Tensor(name, offset, prod(shape) // elements * size, prod(shape))

