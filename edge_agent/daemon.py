@@ -12,6 +12,7 @@ from edge_agent.agent import Agent
 from edge_agent.backends.base import LocalBackend, RemoteBackend
 from edge_agent.counts import RouteCounts
 from edge_agent.device import Device
+from edge_agent.embedder import Embedder
 from edge_agent.intake import Intake
 from edge_agent.journal import Journal
 from edge_agent.offload import Offload
@@ -39,6 +40,7 @@ class Daemon:
     registry: CollectorRegistry
     journal: Journal | None
     live: LiveSettings
+    embedder: Embedder | None = None
 
     async def reload(self) -> Changes:
         """Read policy and settings again; says what became of the settings. Raises InvalidPolicy or InvalidSettings:
@@ -55,6 +57,7 @@ def put_together(
     policy: PolicyFile,
     journal: Journal | None = None,
     live: LiveSettings | None = None,
+    embedder: Embedder | None = None,
 ) -> Daemon:
     registry, counts, device = CollectorRegistry(), RouteCounts(), Device(local)
     listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts)
@@ -78,6 +81,7 @@ def put_together(
         registry=registry,
         journal=journal,
         live=live or LiveSettings(EdgeSettings()),
+        embedder=embedder,
     )
     registry.register(Gauges(daemon))
     return daemon
@@ -91,8 +95,11 @@ def model_cards(daemon: Daemon) -> tuple[ModelCard, ...]:
     virtual = [name for name in VIRTUAL_MODELS if name != "cloud" or link.configured]
     cards = [ModelCard(id=name, context_length=contexts[name]) for name in virtual]
     if link.model and link.model != edge.id:
-        return (*cards, edge, ModelCard(id=link.model, context_length=contexts["cloud"]))
-    return (*cards, edge)
+        cards += [edge, ModelCard(id=link.model, context_length=contexts["cloud"])]
+    else:
+        cards.append(edge)
+    embeds = daemon.embedder.model_card() if daemon.embedder else None
+    return (*cards, embeds) if embeds else tuple(cards)
 
 
 def health(daemon: Daemon) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class EdgeSettings(Settings):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     queue: Annotated[int, Field(ge=0, le=4096)] = 64
     """How many requests may wait for a slot."""
+    embedding_model: Annotated[str, Field(min_length=1, max_length=4096)] = "all-minilm"
+    """Makes embeddings, once it is pulled: a name from the model store, or a file that was converted from one."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     keys: Path | None = None

@@ -7,6 +7,8 @@ from fastapi import FastAPI
 
 from edge_agent.daemon import Daemon, health, model_cards
 from edge_agent.intake import ForTenant
+from shared.embeddings import Embed
+from shared.errors import UnknownModel
 from shared.guard import Guard, Shape
 from shared.http import create_app
 from shared.replies import error_body
@@ -28,6 +30,7 @@ def openai_app(
     """`keys` None: whoever reaches this address may ask, with any key or none. The guard holds all the same."""
     return create_app(
         answer_for=answers(daemon, keys),
+        embed_for=embeds(daemon, keys),
         models=lambda: model_cards(daemon),
         health=lambda: health(daemon),
         registry=daemon.registry,
@@ -44,3 +47,16 @@ def answers(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]
         return ForTenant(daemon.intake, keys.tenant_of(headers) if keys is not None else "")
 
     return answer_for
+
+
+def embeds(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]], Embed]:
+    """By a request's headers, who makes its embeddings: on every surface."""
+
+    def embed_for(headers: Mapping[str, str]) -> Embed:
+        if keys is not None:
+            keys.tenant_of(headers)
+        if daemon.embedder is None:
+            raise UnknownModel("this device makes no embeddings", param="model")
+        return daemon.embedder
+
+    return embed_for

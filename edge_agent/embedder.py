@@ -1,0 +1,109 @@
+"""Vectors of texts on this device: a small BERT under onnxruntime, computed in a thread beside the event loop.
+
+A request's texts are computed in small batches, one batch of each request in turn: a long list holds up a short
+question by one batch, and whoever leaves costs no further one. Nothing is cut: a text that is too long is refused.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from edge_agent.embedding.model import EmbeddingModel, Item, Vectors, batches, shortened
+from shared.embeddings import EmbeddingRequest, Embeddings
+from shared.errors import BadRequest, Overloaded, UnknownModel
+from shared.models import valid_name, verify
+from shared.schemas import ModelCard
+
+TEXTS_PER_TURN = 64
+"""Tokenized in one go."""
+SUFFIX = ".onnx"
+OWN_NAMES = ("auto", "edge")
+
+Result = TypeVar("Result")
+
+
+def embedding_file(name_or_path: str, store: Path) -> Path:
+    """Where the embedding model of this name lies, there or not; a path of a .onnx file is itself."""
+    if valid_name(name_or_path) and not name_or_path.endswith(SUFFIX):
+        return store / (name_or_path.replace(":", "-") + SUFFIX)
+    return Path(name_or_path)
+
+
+class Embedder:
+    """The model in `file`, loaded when it is first asked for, so that an idle daemon does not carry it.
+
+    Belongs to one event loop. At most `queue` requests may be under way.
+    """
+
+    def __init__(self, file: Path, *, threads: int = 1, queue: int = 64) -> None:
+        self.name = file.stem
+        self._file = file
+        self._threads = threads
+        self._queue = queue
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedder")
+        self._model: EmbeddingModel | None = None
+        self._under_way = 0
+        self._closed = False
+
+    def model_card(self) -> ModelCard | None:
+        """None while there is no such model on this device."""
+        if self._model is None and not self._file.is_file():
+            return None
+        return ModelCard(id=self.name, context_length=self._model.max_tokens if self._model else 0)
+
+    async def __call__(self, request: EmbeddingRequest) -> Embeddings:
+        """Raises UnknownModel, ModelInvalid, ContextTooLong, BadRequest or Overloaded, with the field's name."""
+        if request.model not in (self.name, *OWN_NAMES):
+            where = "; the cloud makes them at its own address" if request.model == "cloud" else ""
+            raise UnknownModel(f"embeddings are made here, by {self.name}{where}", param="model", source="edge")
+        vectors, tokens = await self._embed(request.inputs, request.dimensions)
+        return Embeddings(vectors=await self._do(lambda: tuple(map(tuple, vectors.tolist()))), prompt_tokens=tokens)
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        """float32 [n, d], each row of length 1. Raises as a request does."""
+        return (await self._embed(tuple(texts), None))[0]
+
+    async def aclose(self) -> None:
+        """Whoever waits gets an error; returns once the batch under way is done."""
+        self._closed = True
+        await asyncio.to_thread(self._thread.shutdown, wait=True)
+        self._model = None
+
+    async def _embed(self, items: Sequence[Item], dimensions: int | None) -> tuple[Vectors, int]:
+        if self._under_way >= self._queue:
+            raise Overloaded(f"{self._queue} requests for embeddings are under way", source="edge", retry_after=1.0)
+        self._under_way += 1
+        try:
+            model = await self._do(self._loaded)
+            width = model.width if dimensions is None else dimensions
+            if width > model.width:
+                raise BadRequest(f"dimensions must be 1 to {model.width}", param="dimensions")
+            ids = list[list[int]]()
+            for start in range(0, len(items), TEXTS_PER_TURN):
+                ids += await self._do(partial(model.tokens, items[start : start + TEXTS_PER_TURN], start))
+            vectors = np.empty((len(ids), model.width), np.float32)
+            for batch in batches([len(one) for one in ids]):
+                vectors[batch] = await self._do(partial(model.compute, [ids[at] for at in batch]))
+            return vectors if width == model.width else shortened(vectors, width), sum(map(len, ids))
+        finally:
+            self._under_way -= 1
+
+    async def _do(self, work: Callable[[], Result]) -> Result:
+        """On the thread, after what others have put there before. Cancelled, it is not begun any more."""
+        if self._closed:
+            raise Overloaded("the embedding model is being closed", source="edge", retry_after=1.0)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _loaded(self) -> EmbeddingModel:
+        if self._model is None:
+            if not self._file.is_file():
+                where = f"run `edge-agent pull {self.name}`" if valid_name(self.name) else "see embedding_model"
+                raise UnknownModel(f"the embedding model {self.name} is not on this device: {where}", param="model")
+            verify(self._file)
+            self._model = EmbeddingModel(self._file, threads=self._threads)
+        return self._model
