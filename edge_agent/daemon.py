@@ -124,6 +124,10 @@ class Gauges(Collector):
         yield _gauge("edge_slots", "Requests that the local model can answer at once", runtime.slots)
         yield _gauge("edge_available", "1 if the local model can answer", runtime.available)
         yield _gauge("edge_tokens_per_second", "Decoded by all running requests", runtime.tokens_per_s)
+        restarts = CounterMetricFamily("causeway_edge_restarts", "Times the model's process was started again")
+        restarts.add_metric((), runtime.restarts)
+        yield restarts
+        yield _gauge("edge_quarantined", "Requests refused for having run when it died, twice", runtime.quarantined)
         yield _gauge("link_connected", "1 if connected to the cloud", link.connected)
         yield _gauge("link_round_trip_seconds", "To the cloud and back", link.round_trip_s)
         if self._daemon.offload is not None:

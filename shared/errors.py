@@ -6,7 +6,8 @@
     │   ├── UnknownModel        404
     │   ├── ContextTooLong      400
     │   ├── TooLarge            413
-    │   └── UnsupportedMedia    415
+    │   ├── UnsupportedMedia    415
+    │   └── Quarantined         400  this very request was running when the model crashed, twice
     ├── Unauthorized            401
     ├── Forbidden               403  a good key for the wrong thing, or a foreign Host or Origin
     ├── NotFound                404  no such path
@@ -89,6 +90,10 @@ class TooLarge(BadRequest):
 
 class UnsupportedMedia(BadRequest):
     code, status = "unsupported_media_type", 415
+
+
+class Quarantined(BadRequest):
+    code = "quarantined"
 
 
 class Unauthorized(CausewayError):

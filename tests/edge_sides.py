@@ -28,6 +28,8 @@ class Runtime:
     slots: int = 4
     tokens_per_s: float | None = None
     prefill_tokens_per_s: float | None = None
+    restarts: int = 0
+    quarantined: int = 0
 
 
 @dataclass

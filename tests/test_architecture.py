@@ -38,7 +38,12 @@ def test_import_contracts_hold() -> None:
     [
         ("shared.schemas shared.session shared.openai shared.http", "torch transformers llama_cpp"),
         ("router.decide router.policy router.__main__", "torch transformers llama_cpp fastapi uvicorn websockets"),
-        ("edge_agent edge_agent.agent edge_agent.__main__ edge_agent.backends.llama", "torch transformers"),
+        ("edge_agent edge_agent.agent edge_agent.__main__ edge_agent.backends.native", "torch transformers"),
+        ("edge_agent.run edge_agent.backends.llama", "torch transformers llama_cpp"),
+        (
+            "edge_agent.backends.process",
+            "torch llama_cpp fastapi uvicorn websockets httpx pydantic prometheus_client structlog",
+        ),
         ("cloud_engine.engine.scheduler", "torch transformers llama_cpp fastapi"),
         ("cloud_engine.__main__ cloud_engine.gateway.server", "llama_cpp"),
     ],

@@ -59,7 +59,7 @@ def _check(headers: Mapping[str, str], token: str) -> None:
 
 
 def _status(daemon: Daemon) -> dict[str, Any]:
-    link = dataclasses.asdict(daemon.agent.link())
+    link, runtime = dataclasses.asdict(daemon.agent.link()), daemon.local.reading()
     if daemon.offload is not None:
         link["breaker"] = daemon.offload.breaker_state()
     return {
@@ -69,7 +69,9 @@ def _status(daemon: Daemon) -> dict[str, Any]:
         "failovers": daemon.counts.failovers,
         "device": {
             **dataclasses.asdict(daemon.device.reading()),
-            "slots": daemon.local.reading().slots,
+            "slots": runtime.slots,
+            "restarts": runtime.restarts,
+            "quarantined": runtime.quarantined,
             "memory_available": daemon.device.machine.memory_available,
         },
         "link": link,

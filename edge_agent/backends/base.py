@@ -7,6 +7,9 @@ from typing import Protocol
 
 from shared.schemas import Answer, ChatRequest, Delta, ModelCard
 
+DEFAULT_CONTEXT = 2048
+"""Tokens of one request at the local model, prompt and output together, where nothing else is said."""
+
 
 class LocalReading(Protocol):
     """The local runtime now. Cheap to read: never waits, never wakes a model."""
@@ -35,6 +38,14 @@ class LocalReading(Protocol):
 
     @property
     def prefill_tokens_per_s(self) -> float | None: ...
+
+    @property
+    def restarts(self) -> int:
+        """How often the model's process died and another was started."""
+
+    @property
+    def quarantined(self) -> int:
+        """Requests refused by name, for having been there when it died twice."""
 
 
 class LocalBackend(Answer, Protocol):

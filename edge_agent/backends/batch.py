@@ -42,12 +42,12 @@ class Runtime(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request on its way. `cancelled` is set by another thread and looked at before each step."""
+    """One request on its way; `number` is the pipe's. `cancelled` is set by another thread, seen before each step."""
 
+    number: int
     prompt: Ids
     sampler: Sampler
     text: TextStream
-    deliver: Callable[[Delta | CausewayError], None]
     cancelled: bool = False
 
 

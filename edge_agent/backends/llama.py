@@ -1,37 +1,34 @@
-"""The model on this device, through llama.cpp: many requests at once, one worker thread, true cancellation.
+"""The model on this device: llama.cpp in a process of its own, many requests at once, true cancellation.
 
-answer (event loop) -> template and tokens (a thread) -> Worker's queue -> Batcher's slots -> Native
-                    <- one posted list of deltas a step <-
+answer (event loop) -> Ask -> process.py: template and tokens -> Worker's queue -> Batcher's slots -> Native
+                    <- one frame of deltas a step <-
+
+What is asked and what came of it is kept here, so that a process that dies takes nothing along but the answers it was
+computing: those end with a typed error, the ones that still wait go to the next process.
 """
 
 import asyncio
-import secrets
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent.backends.batch import Event, Job
-from edge_agent.backends.native import DEFAULT_CONTEXT, Native
-from edge_agent.backends.sampling import Ids, Sampler
-from edge_agent.backends.template import ChatTemplate
-from edge_agent.backends.text import TextStream
-from edge_agent.backends.worker import Worker
-from shared.errors import (
-    BadRequest,
-    CausewayError,
-    ContextTooLong,
-    Overloaded,
-    UnsupportedParameter,
-    UpstreamFailed,
-)
+from edge_agent.backends.base import DEFAULT_CONTEXT
+from edge_agent.backends.keeper import Keeper, KeeperRules
+from edge_agent.backends.pipe import Ask, Cancel, Count, Counted, FromModel, Held, Load, Ready, Step
+from edge_agent.backends.suspects import Suspects, fingerprint
+from shared.errors import BadRequest, CausewayError, Overloaded, SlowConsumer, UpstreamFailed
+from shared.gguf import check
 from shared.models import model_name
-from shared.schemas import SEED_BITS, ChatRequest, Delta, ModelCard
-from shared.tool_formats import ToolReader
+from shared.schemas import ChatRequest, Delta, ModelCard
 
-PROMPT_S = 30.0
-"""Limit on templating and tokenizing: both are linear in a bounded text, so only a broken template takes as long."""
+MAX_RETRY_AFTER_S = 30.0
+PATIENCE_S = 2.0
+"""A pause longer than this is not waited out: who waits is told when to come back."""
+MAX_MAILBOX = 8192
+"""Pieces of one answer that nobody has taken yet."""
+MAX_COUNTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,186 +43,218 @@ class LlamaReading:
     context_length: int
     tokens_per_s: float | None
     prefill_tokens_per_s: float | None
+    restarts: int
+    quarantined: int
+
+
+class _Asked:
+    """One request on its way, and what has come of it. The last thing put is an error, an ending delta or a count."""
+
+    def __init__(self, frame: Ask | Count, mark: bytes) -> None:
+        self.frame, self.mark = frame, mark
+        self.held = False
+        self._came: deque[Delta | CausewayError | int] = deque()
+        self._news = asyncio.Event()
+
+    def put(self, item: Delta | CausewayError | int) -> None:
+        self._came.append(item)
+        self._news.set()
+
+    @property
+    def full(self) -> bool:
+        return len(self._came) >= MAX_MAILBOX
+
+    async def take(self) -> Delta | int:
+        """Raises the error it ended with."""
+        while not self._came:
+            self._news.clear()
+            await self._news.wait()
+        item = self._came.popleft()
+        if isinstance(item, CausewayError):
+            raise item
+        return item
 
 
 class LlamaBackend:
     """A LocalBackend. Belongs to the event loop that `start` runs on.
 
-    `context` is what one request may use, prompt and output together, at most what the model was trained for.
+    `context` is what one request may use, prompt and output together, at most what the model was trained for; `queue`
+    how many may wait for one of the `slots`.
     """
 
     def __init__(
-        self, path: Path, *, slots: int = 8, context: int | None = None, threads: int | None = None, queue: int = 64
+        self,
+        path: Path,
+        *,
+        slots: int = 8,
+        context: int | None = None,
+        threads: int | None = None,
+        queue: int = 64,
+        rules: KeeperRules | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._name = model_name(path)
+        self._path, self._name = path, model_name(path)
+        self._slots, self._queue = slots, queue
         self._context_length = context or DEFAULT_CONTEXT
-        self._native: Native | None = None
-        self._template: ChatTemplate | None = None
-        self._bos = ""
-        self._prompts = ThreadPoolExecutor(2, thread_name_prefix="prompt")
-        self._worker = Worker(
-            path, slots=slots, context=context, threads=threads, queue=queue, post=self._post, opened=self._on_opened
+        self._rates: tuple[float | None, float | None] = (None, None)
+        self._asked: dict[int, _Asked] = {}
+        self._numbers = 0
+        self._up = self._closed = False
+        self._back_at = 0.0
+        self._clock = clock
+        self._suspects = Suspects(clock)
+        self._keeper = Keeper(
+            Load(str(path.absolute()), self._name, slots, context, threads),
+            received=self._on_frame,
+            up=self._on_up,
+            down=self._on_down,
+            busy=lambda: bool(self._asked),
+            rules=rules or KeeperRules(),
         )
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ready: asyncio.Future[Native] | None = None
 
     async def start(self) -> None:
-        """Load the model. Raises ModelInvalid, or BadRequest if its chat template is broken."""
-        self._loop = asyncio.get_running_loop()
-        self._ready = self._loop.create_future()
-        self._worker.start()
-        native = await self._ready
-        source = native.chat_template
-        self._bos = native.special("bos")
-        if source is not None:
-            self._template = ChatTemplate(source, bos=self._bos, eos=native.special("eos"))
-        self._context_length = native.context_length
-        self._native = native
+        """Load the model. Raises ModelInvalid, BadRequest if its chat template is broken, UpstreamFailed."""
+        await asyncio.to_thread(check, self._path)
+        await self._keeper.start()
 
     async def aclose(self) -> None:
         """Ends what is running, waits for the step under way, frees the model; idempotent."""
-        self._native = None
-        self._prompts.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._worker.stop)
+        self._up, self._closed = False, True
+        self._fail_all(lambda _: UpstreamFailed("the local model was closed", source="edge"))
+        await self._keeper.aclose()
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
-        """See shared.schemas.Answer. Raises ContextTooLong, Overloaded, UpstreamFailed."""
-        prompt = await self._tokens(request)
-        room = self._context_length - len(prompt)
-        if room < 1:
-            raise ContextTooLong(
-                f"the prompt has {len(prompt)} tokens; with at least 1 token of output "
-                f"{self._name} holds {self._context_length}",
-                param="messages" if request.messages else "prompt",
-                source="edge",
-            )
-        mailbox: asyncio.Queue[Delta | CausewayError] = asyncio.Queue()
-        job = self._job(request, prompt, room, mailbox)
-        self._worker.submit(job)
+        """See shared.schemas.Answer. Raises BadRequest, ContextTooLong, Quarantined, Overloaded, UpstreamFailed."""
+        asked = self._ask(Ask, request)
         try:
             while True:
-                event = await mailbox.get()
-                if isinstance(event, CausewayError):
-                    raise event
-                yield event
-                if event.finish_reason is not None:
-                    return
+                delta = await asked.take()
+                if isinstance(delta, Delta):
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
         finally:
-            self._worker.cancel(job)
+            self._leave(asked)
 
     async def count_tokens(self, request: ChatRequest) -> int:
         """Tokens of the whole templated prompt. A text that cannot fit whatever its tokens are is ContextTooLong."""
-        return len(await self._tokens(request))
+        asked = self._ask(Count, request)
+        try:
+            tokens = await asked.take()
+            return tokens if isinstance(tokens, int) else 0
+        finally:
+            self._leave(asked)
 
     def reading(self) -> LlamaReading:
-        batcher = self._worker.batcher
+        answers = [asked.held for asked in self._asked.values() if isinstance(asked.frame, Ask)]
         return LlamaReading(
-            available=batcher is not None and self._native is not None,
-            queue_depth=self._worker.waiting,
-            queue_capacity=self._worker.queue,
-            running=batcher.running if batcher else 0,
-            slots=self._worker.slots,
+            available=self._up,
+            queue_depth=len(answers) - sum(answers),
+            queue_capacity=self._queue,
+            running=sum(answers),
+            slots=self._slots,
             context_length=self._context_length,
-            tokens_per_s=batcher.tokens_per_s if batcher else None,
-            prefill_tokens_per_s=batcher.prefill_tokens_per_s if batcher else None,
+            tokens_per_s=self._rates[0],
+            prefill_tokens_per_s=self._rates[1],
+            restarts=self._keeper.restarts,
+            quarantined=len(self._suspects),
         )
 
     def model_card(self) -> ModelCard:
         return ModelCard(id=self._name, context_length=self._context_length)
 
-    async def _tokens(self, request: ChatRequest) -> Ids:
-        native = self._native
-        if native is None:
-            raise Overloaded("the local model is not ready", source="edge", retry_after=1.0)
-        work = asyncio.get_running_loop().run_in_executor(self._prompts, self._tokenize, native, request)
+    # --- in ---
+
+    def _ask(self, kind: type[Ask] | type[Count], request: ChatRequest) -> _Asked:
+        """Send it, if it may be sent. Raises Quarantined, Overloaded, BadRequest."""
+        if not self._up:
+            raise self._not_ready()
+        self._check_room(kind)
         try:
-            return await asyncio.wait_for(work, PROMPT_S)
-        except TimeoutError:
-            raise UpstreamFailed(f"templating the prompt took more than {PROMPT_S:g} s", source="edge") from None
+            mark = fingerprint(request)
+        except UnicodeEncodeError:
+            raise BadRequest("a text of the request holds half a character", source="edge") from None
+        self._suspects.check(mark)
+        self._numbers += 1
+        asked = _Asked(kind(self._numbers, request), mark)
+        self._keeper.send(asked.frame)
+        self._asked[self._numbers] = asked
+        return asked
 
-    def _tokenize(self, native: Native, request: ChatRequest) -> Ids:
-        _refuse_unsupported(request)
-        text, special = request.prompt, True
-        if text is None:
-            if self._template is None:
-                raise BadRequest("this model has no chat template: send a prompt", param="messages", source="edge")
-            text = self._template.render(request.messages, () if request.tool_choice == "none" else request.tools)
-            special = not (self._bos and text.startswith(self._bos))
-        least = -(-len(text) // native.longest_piece)
-        if least >= native.context_length:
-            raise ContextTooLong(
-                f"the prompt has at least {least} tokens; {self._name} holds {native.context_length}",
-                param="messages" if request.messages else "prompt",
-                source="edge",
+    def _not_ready(self) -> CausewayError:
+        if self._closed:
+            return UpstreamFailed("the local model was closed", source="edge")
+        wait = max(1.0, self._back_at - self._clock())
+        return Overloaded("the local model is not ready", source="edge", retry_after=wait)
+
+    def _check_room(self, kind: type[Ask] | type[Count]) -> None:
+        alike = sum(isinstance(asked.frame, kind) for asked in self._asked.values())
+        if alike >= (self._slots + self._queue if kind is Ask else MAX_COUNTS):
+            waiting = max(0, alike - self._slots)
+            retry_after = min(MAX_RETRY_AFTER_S, 1.0 + waiting / self._slots)
+            raise Overloaded(
+                f"{waiting} requests wait for the local model already", source="edge", retry_after=retry_after
             )
-        tokens = native.tokenize(text, add_special=special)
-        if not len(tokens):
-            raise BadRequest("the prompt has no tokens", param="messages" if request.messages else "prompt")
-        return tokens
 
-    def _job(
-        self, request: ChatRequest, prompt: Ids, room: int, mailbox: "asyncio.Queue[Delta | CausewayError]"
-    ) -> Job:
-        native = self._native
-        if native is None:
-            raise Overloaded("the local model is not ready", source="edge", retry_after=1.0)
-        sampling = request.sampling
-        return Job(
-            prompt=prompt,
-            sampler=Sampler(sampling, prompt, native.vocabulary, seed=secrets.randbits(SEED_BITS)),
-            text=TextStream(
-                native.pieces,
-                native.ends,
-                sampling,
-                prompt_tokens=len(prompt),
-                max_tokens=min(room, sampling.max_tokens or room),
-                tools=self._reader(request),
-            ),
-            deliver=mailbox.put_nowait,
-        )
+    def _leave(self, asked: _Asked) -> None:
+        """Nobody wants more of it."""
+        if self._asked.pop(asked.frame.number, None) is not None:
+            self._keeper.send(Cancel(asked.frame.number))
 
-    def _reader(self, request: ChatRequest) -> ToolReader | None:
-        names = [tool.name for tool in request.calling]
-        if not names or self._template is None:
-            return None
-        return ToolReader(self._template.tool_format, names, request.id, parallel=request.parallel_tool_calls)
+    # --- out ---
 
-    def _post(self, events: list[Event]) -> None:
-        self._on_loop(lambda: _deliver(events))
+    def _on_frame(self, frame: FromModel) -> None:
+        if isinstance(frame, Step):
+            if frame.deltas:
+                self._rates = frame.tokens_per_s, frame.prefill_tokens_per_s
+            for number, delta in frame.deltas:
+                self._on_delta(number, delta)
+            for number, fault in frame.faults:
+                self._end(number, fault.error())
+        elif isinstance(frame, Held) and frame.number in self._asked:
+            self._asked[frame.number].held = frame.held
+        elif isinstance(frame, Counted):
+            self._end(frame.number, frame.tokens)
 
-    def _on_opened(self, result: Native | CausewayError) -> None:
-        self._on_loop(lambda: self._settle(result))
-
-    def _on_loop(self, call: Callable[[], None]) -> None:
-        """Called by the worker. A loop that is closed has nobody left to tell."""
-        if self._loop is not None:
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(call)
-
-    def _settle(self, result: Native | CausewayError) -> None:
-        if self._ready is None or self._ready.done():
+    def _on_delta(self, number: int, delta: Delta) -> None:
+        asked = self._asked.get(number)
+        if asked is None:
             return
-        if isinstance(result, CausewayError):
-            self._ready.set_exception(result)
+        if delta.finish_reason is not None:
+            self._keeper.progressed()
+            self._suspects.cleared(asked.mark)
+            self._end(number, delta)
+        elif asked.full:
+            self._keeper.send(Cancel(number))
+            self._end(number, SlowConsumer(f"{MAX_MAILBOX} pieces of the answer were not taken", source="edge"))
         else:
-            self._ready.set_result(result)
+            asked.put(delta)
 
+    def _end(self, number: int, item: Delta | CausewayError | int) -> None:
+        asked = self._asked.pop(number, None)
+        if asked is not None:
+            asked.put(item)
 
-def _refuse_unsupported(request: ChatRequest) -> None:
-    """What would change the answer and is not done on this side is refused by name."""
-    sampling = request.sampling
-    asked = {
-        "grammar": request.grammar is not None,
-        "tool_choice": bool(request.calling) and request.tool_choice == "required",
-        "strict": any(tool.strict for tool in request.calling),
-        "logit_bias": bool(sampling.logit_bias),
-        "min_tokens": bool(sampling.min_tokens),
-        "stop_token_ids": bool(sampling.stop_token_ids),
-    }
-    for name in (name for name, given in asked.items() if given):
-        raise UnsupportedParameter(f"the model on this device knows no {name}", param=name, source="edge")
+    def _on_up(self, ready: Ready) -> None:
+        self._context_length = ready.context_length
+        self._up = not self._closed
+        for asked in self._asked.values():
+            self._keeper.send(asked.frame)
 
+    def _on_down(self, why: str, back_in: float) -> None:
+        """Who was held gets an error at once; who waited goes on waiting if that is not for long."""
+        self._up = False
+        self._back_at = self._clock() + back_in
+        for asked in self._asked.values():
+            if asked.held:
+                self._suspects.crashed(asked.mark)
+        held = UpstreamFailed(f"the local model's process {why} while it answered this", source="edge", retry_after=1.0)
+        waits = back_in <= PATIENCE_S
+        self._fail_all(lambda asked: held if asked.held else None if waits else self._not_ready())
 
-def _deliver(events: list[Event]) -> None:
-    for job, event in events:
-        job.deliver(event)
+    def _fail_all(self, error_of: Callable[[_Asked], CausewayError | None]) -> None:
+        for number, asked in list(self._asked.items()):
+            error = error_of(asked)
+            if error is not None:
+                # One instance raised twice would drag one request's traceback into another's.
+                self._end(number, type(error)(error.message, source="edge", retry_after=error.retry_after))

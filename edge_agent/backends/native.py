@@ -1,25 +1,25 @@
 """llama.cpp through its low-level API: the only code that imports llama_cpp, and only when a model is opened.
 
-One thread at a time may call a `Native`, `tokenize` apart. Nothing here waits, schedules or knows requests, so that it
-can move into a process of its own.
+One thread at a time may call a `Native`, `tokenize` apart. Nothing here waits, schedules or knows requests. The daemon
+runs it in a process of its own, see `process.py`.
 """
 
 import ctypes
 import functools
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
+from edge_agent.backends.base import DEFAULT_CONTEXT
 from shared.errors import UpstreamFailed
 from shared.gguf import ModelInvalid, check
 
-DEFAULT_CONTEXT = 2048
 BATCH = 512
 """Tokens that one `decode` can take."""
 
@@ -30,6 +30,12 @@ _SPINS = "1000"
 nearly everything on a busy one, where a spinning thread holds the processor that the awaited one needs (measured)."""
 
 Ids = NDArray[np.int32]
+Log = Callable[[str, str], None]
+"""Told a level (`debug` or `warning`) and what llama.cpp had to say."""
+
+
+def _silent(_level: str, _text: str) -> None:
+    pass
 
 
 class Native:
@@ -38,10 +44,10 @@ class Native:
     `tokens`, `positions`, `sequences` and `wanted` are views of the batch: fill the first n rows, then `decode(n)`.
     """
 
-    def __init__(self, path: Path, *, slots: int, context: int | None, threads: int | None) -> None:
+    def __init__(self, path: Path, *, slots: int, context: int | None, threads: int | None, log: Log = _silent) -> None:
         """Takes seconds. Raises ModelInvalid."""
         check(path)
-        self._api = _load_library()
+        self._api = _load_library(log)
         self._model: Any = None
         self._context: Any = None
         self._tokenizing = threading.Lock()
@@ -178,24 +184,22 @@ class Native:
             size = -length
 
 
-def _load_library() -> Any:
+def _load_library(log: Log) -> Any:
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     from llama_cpp import llama_cpp as api
 
-    api.llama_log_set(_log_callback(api), None)
+    api.llama_log_set(_log_callback(api, log), None)
     api.llama_backend_init()
     return api
 
 
 @functools.cache
-def _log_callback(api: ModuleType) -> Any:
+def _log_callback(api: ModuleType, log: Log) -> Any:
     """Cached because llama.cpp keeps the pointer as long as the process lives."""
-    log = structlog.get_logger("causeway.llama")
 
     def forward(level: int, text: bytes, _: Any) -> None:
         if level in (WARNING, ERROR):
-            tell = log.warning if level == ERROR else log.debug
-            tell("llama.cpp", text=text.decode("utf-8", errors="replace").strip())
+            log("warning" if level == ERROR else "debug", text.decode("utf-8", errors="replace").strip())
 
     return api.llama_log_callback(forward)
 

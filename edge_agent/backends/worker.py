@@ -1,63 +1,49 @@
-"""The one thread that owns the model: opens it, feeds it, and if it dies gives every request a typed error."""
+"""The one thread that owns the model: opens it, feeds it, closes it. In the model's process."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-
-import structlog
 
 from edge_agent.backends.batch import Batcher, Event, Job
 from edge_agent.backends.native import Native
-from shared.errors import CausewayError, Overloaded, UpstreamFailed
-
-JOIN_S = 30.0
-MAX_RETRY_AFTER_S = 30.0
+from shared.errors import CausewayError
 
 
 class Worker:
-    """`submit`, `counts` and `stop` may be called from any thread. Events are posted on the worker's own."""
+    """`submit`, `cancel` and `stop` may be called from any thread; the callbacks come on the worker's own.
+
+    `opened` is told of the model, or why there is none; `admitted` of each job before the model sees it; `post` what a
+    step led to; `failed` of a fault of ours or llama.cpp's, after which nothing more is computed.
+    """
 
     def __init__(
         self,
-        path: Path,
+        open_model: Callable[[], Native],
         *,
         slots: int,
-        context: int | None,
-        threads: int | None,
-        queue: int,
-        post: Callable[[list[Event]], None],
         opened: Callable[[Native | CausewayError], None],
+        admitted: Callable[[Job], None],
+        post: Callable[[Batcher, list[Event]], None],
+        failed: Callable[[Exception], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.slots = slots
-        self.queue = queue
-        self._open: Callable[[], Native] = partial(Native, path, slots=slots, context=context, threads=threads)
-        self._post = post
-        self._opened = opened
+        self._slots = slots
+        self._open = open_model
+        self._opened, self._admitted, self._post, self._failed = opened, admitted, post, failed
+        self._clock = clock
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._batcher: Batcher | None = None
         self._stopping = False
-        self._failure: CausewayError | None = None
+        self._step_since: float | None = None
         self._thread = threading.Thread(target=self._main, name="llama", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Raises Overloaded if as many wait as may wait, or whatever the worker died of."""
+        """How many wait is bounded by whoever submits."""
         with self._wake:
-            if self._failure is not None:
-                raise _again(self._failure)
-            if self._batcher is None or self._stopping:
-                raise Overloaded("the local model is not ready", source="edge", retry_after=1.0)
-            running, waiting = self._batcher.running, len(self._waiting)
-            if running + waiting >= self.slots + self.queue:
-                retry_after = min(MAX_RETRY_AFTER_S, 1.0 + waiting / self.slots)
-                raise Overloaded(
-                    f"{waiting} requests wait for the local model already", source="edge", retry_after=retry_after
-                )
             self._waiting.append(job)
             self._wake.notify()
 
@@ -69,39 +55,38 @@ class Worker:
                 self._waiting.remove(job)
 
     @property
-    def batcher(self) -> Batcher | None:
-        """None while there is no working model."""
-        return self._batcher if self._failure is None and not self._stopping else None
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+    def step_s(self) -> float:
+        """For how long the present step has been under way; 0 between two."""
+        since = self._step_since
+        return 0.0 if since is None else self._clock() - since
 
     def stop(self) -> None:
-        """End the thread, and with it every request; waits for the step under way."""
+        """End the thread after the step under way, and wait for it."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join(JOIN_S)
+            self._thread.join()
 
     def _main(self) -> None:
         try:
             native = self._open()
+        except CausewayError as error:
+            self._opened(error)
+            return
         except Exception as error:
-            self._opened(self._die(error))
+            self._failed(error)
             return
         try:
-            batcher = Batcher(native, self.slots)
-            self._batcher = batcher
+            batcher = Batcher(native, self._slots)
             self._opened(native)
             while self._next(batcher):
+                self._step_since = self._clock()
                 events = batcher.step()
-                if events:
-                    self._post([event for event in events if not event[0].cancelled])
-            self._die(UpstreamFailed("the local model was closed", source="edge"))
+                self._step_since = None
+                self._post(batcher, [event for event in events if not event[0].cancelled])
         except Exception as error:
-            self._die(error)
+            self._failed(error)
         finally:
             native.close()
 
@@ -110,27 +95,11 @@ class Worker:
         with self._wake:
             while not self._stopping:
                 batcher.sweep()
-                while self._waiting and batcher.running < self.slots:
-                    batcher.admit(self._waiting.popleft())
+                while self._waiting and batcher.running < self._slots:
+                    job = self._waiting.popleft()
+                    self._admitted(job)
+                    batcher.admit(job)
                 if batcher.running:
                     return True
                 self._wake.wait()
             return False
-
-    def _die(self, error: Exception) -> CausewayError:
-        """From now on every request gets this error, those under way included: none is left hanging."""
-        if not isinstance(error, CausewayError):
-            # The traceback's frames hold prompts; its type and place do not.
-            structlog.get_logger("causeway.llama").error("the worker died", exception=type(error).__name__)
-            error = UpstreamFailed(f"the local model's worker died: {type(error).__name__}", source="edge")
-        with self._wake:
-            self._failure = error
-            jobs = [*self._waiting, *(self._batcher.jobs if self._batcher else [])]
-            self._waiting.clear()
-        self._post([(job, _again(error)) for job in jobs])
-        return error
-
-
-def _again(error: CausewayError) -> CausewayError:
-    """An exception of its own for each request: one instance raised twice would drag one's traceback into another's."""
-    return type(error)(error.message, param=error.param, source=error.source, retry_after=error.retry_after)

@@ -1,6 +1,8 @@
 """Continuous batching over a runtime whose next token is a hash of the whole sequence: one wrong cache cell shows."""
 
+import itertools
 import zlib
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -84,16 +86,21 @@ class Client:
         text = TextStream(PIECES, set(), sampling, prompt_tokens=len(prompt), max_tokens=count)
         self.prompt, self.count = prompt, count
         self.events: list[Delta | CausewayError] = []
-        self.job = Job(tokens, Sampler(sampling, tokens, VOCABULARY, 0), text, self.events.append)
+        self.job = Job(next(NUMBERS), tokens, Sampler(sampling, tokens, VOCABULARY, 0), text)
+        CLIENTS[self.job.number] = self
 
     @property
     def text(self) -> str:
         return "".join(event.text for event in self.events if isinstance(event, Delta))
 
 
+NUMBERS = itertools.count()
+CLIENTS: "WeakValueDictionary[int, Client]" = WeakValueDictionary()
+
+
 def advance(batcher: Batcher) -> None:
     for job, event in batcher.step():
-        job.deliver(event)
+        CLIENTS[job.number].events.append(event)
 
 
 def finish(batcher: Batcher) -> None:
