@@ -3,6 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace causeway {
 
 constexpr int LANES = 16;
@@ -16,7 +20,8 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Not `Floats{} + value`: an addition, and no longer the same bits.
+inline Floats splat(float v) { return Floats{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
 
 inline Floats load(const float* from) {
     Floats value;
@@ -24,10 +29,18 @@ inline Floats load(const float* from) {
     return value;
 }
 
+inline Words words(Halves half) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)half);  // of the generic form GCC 12 makes four instructions
+#else
+    return __builtin_convertvector(half, Words);
+#endif
+}
+
 inline Floats load(const BFloat16* from) {
     Halves half;
     std::memcpy(&half, from, sizeof half);
-    return (Floats)(__builtin_convertvector(half, Words) << 16);
+    return (Floats)(words(half) << 16);
 }
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
