@@ -48,7 +48,7 @@ class Agent:
         local: LocalBackend,
         offload: Offload | None,
         *,
-        policy: Callable[[], Policy],
+        policy: Callable[[ChatRequest], Policy],
         device: Callable[[], DeviceReading],
         listeners: tuple[Listener, ...] = (),
         record: Callable[[str, Recorded], None] | None = None,
@@ -74,7 +74,7 @@ class Agent:
     async def plan(self, request: ChatRequest, tenant: str = "") -> Plan:
         """What would happen to this request now, and by which policy. Runs nothing, raises nothing for a refusal."""
         prompt_tokens = await self.prompt_tokens(request)
-        whole = self._policy()
+        whole = self._policy(request)
         policy = whole.of(tenant)
         features = observe(request, policy, prompt_tokens=prompt_tokens, tenant=tenant)
         device, link = self._device(), self.link()

@@ -16,7 +16,7 @@ from edge_agent.embedder import Embedder
 from edge_agent.intake import Intake
 from edge_agent.journal import Journal
 from edge_agent.offload import Offload
-from edge_agent.policy_file import PolicyFile
+from edge_agent.policies.center import PolicyCenter
 from edge_agent.reload import Changes, LiveSettings
 from edge_agent.settings import EdgeSettings
 from router.features import VIRTUAL_MODELS
@@ -35,7 +35,7 @@ class Daemon:
     local: LocalBackend
     offload: Offload | None
     device: Device
-    policy: PolicyFile
+    policy: PolicyCenter
     counts: RouteCounts
     registry: CollectorRegistry
     journal: Journal | None
@@ -54,18 +54,18 @@ class Daemon:
 def put_together(
     local: LocalBackend,
     cloud: RemoteBackend | None,
-    policy: PolicyFile,
+    policy: PolicyCenter,
     journal: Journal | None = None,
     live: LiveSettings | None = None,
     embedder: Embedder | None = None,
 ) -> Daemon:
     registry, counts, device = CollectorRegistry(), RouteCounts(), Device(local)
-    listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts)
+    listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts, policy)
     offload = Offload(cloud) if cloud is not None else None
     agent = Agent(
         local,
         offload,
-        policy=lambda: policy.policy,
+        policy=policy.policy_for,
         device=device.reading,
         listeners=listeners if journal is None else (*listeners, journal),
         record=None if journal is None else journal.decided,

@@ -2,7 +2,8 @@
 
 import asyncio
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -20,19 +21,30 @@ SETTLE_TRIES = 50
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One policy and where it came from. `sha256` is of the file's bytes; empty for the built-in policy."""
+    """One policy, its text, and where it came from. `version` is its number in the history; 0 if it has none there."""
 
     policy: Policy
     name: str
-    sha256: str = ""
+    source: bytes = b""
+    version: int = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of the text; empty for the built-in policy."""
+        return hashlib.sha256(self.source).hexdigest() if self.source else ""
+
+    def numbered(self, version: int) -> "Snapshot":
+        return replace(self, version=version)
 
 
 class PolicyFile:
-    """Holds one reference. Who has read `policy` keeps what it got, whatever is loaded later."""
+    """Holds one reference. Who has read `current` keeps what it got, whatever is loaded later; `changed` is told of
+    each content that is another than the one before."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, changed: Callable[[Snapshot], None] = lambda _: None) -> None:
         """Raises InvalidPolicy naming line and field, or saying that the file cannot be read."""
         self._path = path.absolute() if path else None
+        self._changed_to = changed
         self._seen = b""
         self.failures = 0
         self.current = self._load(_read(path)) if path else Snapshot(default_policy(), "default")
@@ -45,11 +57,13 @@ class PolicyFile:
         """Take the file as it is once it has stopped changing. Raises InvalidPolicy, and then the old one stays."""
         if self._path is not None:
             try:
-                self.current = self._load(await _settled(self._path))
+                before, self.current = self.current, self._load(await _settled(self._path))
             except InvalidPolicy as error:
                 self.failures += 1
                 structlog.get_logger("causeway.policy").warning("policy kept", rejected=error.message)
                 raise
+            if before.source != self.current.source:
+                self._changed_to(self.current)
         return self.current
 
     async def watch(self) -> None:
@@ -62,7 +76,7 @@ class PolicyFile:
                     await self.reload()
                 except InvalidPolicy:
                     continue
-                structlog.get_logger("causeway.policy").info("policy loaded", mode=self.policy.mode)
+                structlog.get_logger("causeway.policy").info("policy loaded", mode=self.current.policy.mode)
 
     def _changed(self, path: Path) -> bool:
         before, self._seen = self._seen, _fingerprint(path)
@@ -72,7 +86,7 @@ class PolicyFile:
         """Remembers the content before judging it: one bad file is reported once."""
         self._seen = hashlib.sha256(content).digest()
         name = self._path.name if self._path else "policy"
-        return Snapshot(parse(content, name=name), name, self._seen.hex())
+        return Snapshot(parse(content, name=name), name, content)
 
 
 def _read(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sqlite3
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,7 +20,9 @@ from edge_agent.daemon import put_together
 from edge_agent.embedder import Embedder, embedding_file
 from edge_agent.instance import Held, hold
 from edge_agent.journal import Journal
-from edge_agent.policy_file import PolicyFile
+from edge_agent.policies.center import PolicyCenter
+from edge_agent.policies.history import History
+from edge_agent.policies.signer import device_signer
 from edge_agent.reload import LiveSettings, on_hangup
 from edge_agent.settings import EdgeSettings, check
 from shared.config import InvalidSettings, read_secret
@@ -41,11 +44,14 @@ async def run(settings: EdgeSettings, live: LiveSettings | None = None) -> None:
 
 
 async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: Held) -> None:
-    policy = PolicyFile(settings.policy)
+    history = _history(state)
+    policy = PolicyCenter(settings.policy, history)
     keys = Keys(settings.keys, source="edge") if settings.keys else None
     token = admin_token(state)
     access = Access(keys, client_token(state) if settings.require_key else None)
     async with AsyncExitStack() as closing:
+        if history is not None:
+            closing.callback(history.close)
         cloud, local = _cloud(settings), _local(settings)
         if cloud is not None:
             closing.push_async_callback(cloud.aclose)
@@ -75,6 +81,16 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
 def _announce(url: str, held: Held) -> None:
     held.say(url)
     announce(url)
+
+
+def _history(state: Path) -> History | None:
+    """None where the state folder cannot be written: then the policy's file alone decides."""
+    signer = device_signer(state / "audit.key")
+    try:
+        return History(state / "policies.db", signer)
+    except (OSError, sqlite3.Error) as error:
+        structlog.get_logger("causeway.policy").error("no history of policies", error=str(error))
+        return None
 
 
 def _local(settings: EdgeSettings) -> LlamaBackend:

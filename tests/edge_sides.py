@@ -8,7 +8,7 @@ from pathlib import Path
 from fakes import EchoAnswer, ScriptedAnswer
 
 from edge_agent.daemon import Daemon, put_together
-from edge_agent.policy_file import PolicyFile
+from edge_agent.policies.center import PolicyCenter
 from shared.errors import CausewayError
 from shared.schemas import Answer, ChatRequest, Delta, Message, ModelCard, Usage
 
@@ -105,13 +105,13 @@ class Turns:
         return script.answer(request)
 
 
-def policy_file(folder: Path, text: str) -> PolicyFile:
+def policy_file(folder: Path, text: str) -> PolicyCenter:
     path = folder / "policy.yaml"
     path.write_text(text, "utf-8")
-    return PolicyFile(path)
+    return PolicyCenter(path, None)
 
 
-def daemon_over(local: Answer | None, cloud: Answer | None, policy: PolicyFile) -> Daemon:
+def daemon_over(local: Answer | None, cloud: Answer | None, policy: PolicyCenter) -> Daemon:
     """A whole daemon; its sides are `daemon.local` and, where there is one, the Remote that was given."""
     side = local if isinstance(local, Local) else Local(local or EchoAnswer())
     remote = cloud if isinstance(cloud, Remote) or cloud is None else Remote(cloud)

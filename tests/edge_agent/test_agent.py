@@ -52,7 +52,7 @@ class Edge:
         self.agent = Agent(
             self.local,
             self.offload,
-            policy=lambda: self.policy,
+            policy=lambda _: self.policy,
             device=Device(self.local).reading,
             listeners=(self.events.append,),
         )

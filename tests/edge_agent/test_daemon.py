@@ -7,7 +7,7 @@ from fakes import ScriptedAnswer
 from prometheus_client import generate_latest
 
 from edge_agent.daemon import Daemon, health, model_cards
-from edge_agent.policy_file import PolicyFile
+from edge_agent.policies.center import PolicyCenter
 from router.policy import InvalidPolicy
 from shared.errors import Unreachable
 
@@ -52,7 +52,7 @@ async def test_breaker_opening_is_seen(tmp_path: Path) -> None:
 
 def test_without_a_cloud_there_is_no_breaker() -> None:
     """Only what exists is shown."""
-    daemon = daemon_over(None, None, PolicyFile(None))
+    daemon = daemon_over(None, None, PolicyCenter(None, None))
 
     assert sample(daemon, "causeway_link_connected") == 0
     assert b"causeway_breaker_state" not in generate_latest(daemon.registry)
@@ -73,7 +73,7 @@ def test_models_are_the_virtual_and_the_known_real_ones(cloud: bool, link: Link 
     remote = Remote(ScriptedAnswer()) if cloud else None
     if remote and link:
         remote.state = link
-    cards = model_cards(daemon_over(None, remote, PolicyFile(None)))
+    cards = model_cards(daemon_over(None, remote, PolicyCenter(None, None)))
 
     assert [card.id for card in cards] == names
     assert all(card.context_length > 0 for card in cards)
@@ -88,7 +88,7 @@ async def test_healthy_while_somebody_could_answer(available: bool, connected: b
     """The device or the cloud is enough; draining is not healthy, so that nobody is sent here."""
     remote = Remote(ScriptedAnswer())
     remote.state = Link(connected=connected)
-    daemon = daemon_over(None, remote, PolicyFile(None))
+    daemon = daemon_over(None, remote, PolicyCenter(None, None))
     daemon.local.reading().available = available  # type: ignore[misc]
 
     assert health(daemon)["status"] == status

@@ -1,0 +1,192 @@
+"""The policy in force, and how it comes to be: from a file that is followed, or as a version that somebody activates.
+
+Whichever came last holds, also after a restart. A request keeps the policy that it was decided by; another one takes
+its place in one assignment. Without a history (the state folder cannot be written) the file alone decides.
+"""
+
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from edge_agent.policies.canary import Canary, Limits
+from edge_agent.policies.history import History, Version
+from edge_agent.policy_file import PolicyFile, Snapshot
+from router.defaults import default_policy
+from router.observe import bucket
+from router.policy import Policy, parse
+from shared.errors import BadRequest, CausewayError, RequestConflict
+from shared.schemas import ChatRequest
+from shared.telemetry import RequestFinished
+
+FILE, GUARD = "file", "guard"
+"""Who acts where no person does."""
+MAX_ON_TRIAL: Final = 4096
+MAX_WHY: Final = 500
+
+
+class NoHistory(CausewayError):
+    """Versions are kept in the state folder, which cannot be written."""
+
+    code, status = "no_history", 503
+
+
+class PolicyCenter:
+    """Asked for the policy of each request. As a Listener it watches how those on trial end."""
+
+    def __init__(
+        self, path: Path | None, history: History | None, *, changed: Callable[[Snapshot], None] | None = None
+    ) -> None:
+        """Raises InvalidPolicy for a file that holds none. `changed` is told of each policy that comes into force."""
+        self._file = PolicyFile(path, self._follow)
+        self._history = history
+        self._changed = changed
+        self._on_trial: OrderedDict[str, None] = OrderedDict()
+        self.canary: Canary | None = None
+        self.current = self._file.current
+        self._begin(path is not None)
+
+    @property
+    def policy(self) -> Policy:
+        return self.current.policy
+
+    @property
+    def failures(self) -> int:
+        return self._file.failures
+
+    @property
+    def history(self) -> History:
+        """Raises NoHistory."""
+        if self._history is None:
+            raise NoHistory("the state folder cannot be written, so there are no versions", source="edge")
+        return self._history
+
+    def policy_for(self, request: ChatRequest) -> Policy:
+        """The policy in force, or the one on trial for its share of the conversations."""
+        canary = self.canary
+        if canary is None or not canary.takes(bucket(request)):
+            return self.policy
+        self._on_trial[request.id] = None
+        if len(self._on_trial) > MAX_ON_TRIAL:
+            self._on_trial.popitem(last=False)
+        return canary.policy
+
+    def __call__(self, event: RequestFinished, /) -> None:
+        canary = self.canary
+        if event.request_id not in self._on_trial:
+            return
+        del self._on_trial[event.request_id]
+        if canary is None:
+            return
+        self.canary = canary.after(event)
+        if (breach := self.canary.breach()) is not None:
+            self._end_canary(GUARD, breach)
+
+    def propose(self, source: str, who: str, why: str) -> Version:
+        """Keep a policy as a new version, which is not yet in force. Raises InvalidPolicy."""
+        _check_why(why)
+        policy = parse(source, name="policy")
+        return self.history.propose(source.encode(), policy.fingerprint, who, why)
+
+    def activate(self, number: int, who: str, why: str) -> Snapshot:
+        """Put a version in force, for everybody. Raises NotFound for a version that does not exist."""
+        _check_why(why)
+        snapshot = self._snapshot(number)
+        self.history.act("activate", number, who, why)
+        self._put_in_force(snapshot)
+        return snapshot
+
+    def try_out(self, number: int, percent: float, limits: Limits, who: str, why: str) -> None:
+        """Let a version decide a share of the conversations; a canary that is there makes way for it."""
+        _check_why(why)
+        snapshot = self._snapshot(number)
+        if number == self.current.version:
+            raise RequestConflict(f"version {number} is in force already", param="version", source="edge")
+        self.history.act("canary", number, who, why, percent)
+        self._on_trial.clear()
+        self.canary = Canary(number, snapshot.policy, percent, limits)
+
+    def roll_back(self, who: str, why: str) -> Snapshot:
+        """Withdraw the canary if there is one, else put the version before the current one in force."""
+        _check_why(why)
+        if self.canary is not None:
+            self._end_canary(who, why)
+            return self.current
+        snapshot = self._snapshot(self.history.before(self.current.version))
+        self.history.act("rollback", snapshot.version, who, why)
+        self._put_in_force(snapshot)
+        return snapshot
+
+    async def reload(self) -> Snapshot:
+        """Read the file again, if there is one. Raises InvalidPolicy, and then what is in force stays."""
+        await self._file.reload()
+        return self.current
+
+    async def watch(self) -> None:
+        await self._file.watch()
+
+    def _begin(self, has_file: bool) -> None:
+        """What came last holds: the file if it is another than the last time, else the version last put in force."""
+        if self._history is None:
+            return
+        if has_file:
+            known = self._history.last_of(FILE)
+            if known is None or known.source != self._file.current.source:
+                self._follow(self._file.current)
+                return
+        number = self._history.in_force()
+        if number is not None:
+            self.current = self._kept(number)
+        elif self._history.damaged and not has_file:
+            self.current = _safe("the history of policies was damaged")
+
+    def _kept(self, number: int) -> Snapshot:
+        """A version of before the restart. One that can no longer be read must not give way to a laxer one."""
+        try:
+            return self._snapshot(number)
+        except CausewayError as error:
+            structlog.get_logger("causeway.policy").error("version unreadable", version=number, error=error.message)
+            return _safe(f"version {number} cannot be read")
+
+    def _follow(self, snapshot: Snapshot) -> None:
+        """The file's content has become another: a version of its own, in force at once."""
+        if self._history is not None:
+            try:
+                version = self._history.propose(snapshot.source, snapshot.policy.fingerprint, FILE, snapshot.name)
+                self._history.act("activate", version.number, FILE, snapshot.name)
+                snapshot = snapshot.numbered(version.number)
+            except sqlite3.Error as error:
+                structlog.get_logger("causeway.policy").error("not kept in the history", error=str(error))
+        self._put_in_force(snapshot)
+
+    def _put_in_force(self, snapshot: Snapshot) -> None:
+        self.current, self.canary = snapshot, None
+        if self._changed is not None:
+            self._changed(snapshot)
+
+    def _end_canary(self, who: str, why: str) -> None:
+        canary, self.canary = self.canary, None
+        self._on_trial.clear()
+        if canary is not None:
+            self.history.act("end_canary", canary.version, who, why)
+            structlog.get_logger("causeway.policy").warning("canary withdrawn", version=canary.version, why=why)
+
+    def _snapshot(self, number: int) -> Snapshot:
+        """Raises NotFound, or InvalidPolicy for a version that this release reads otherwise."""
+        if number == 0:
+            return Snapshot(default_policy(), "default")
+        version = self.history.version(number)
+        return Snapshot(parse(version.source, name=f"version {number}"), f"version {number}", version.source, number)
+
+
+def _safe(why: str) -> Snapshot:
+    """Nothing leaves the device until somebody has put a policy in force."""
+    return Snapshot(parse("mode: only_edge"), f"only_edge: {why}")
+
+
+def _check_why(why: str) -> None:
+    if not why.strip() or len(why) > MAX_WHY:
+        raise BadRequest(f"say why, in at most {MAX_WHY} characters", param="why", source="edge")
