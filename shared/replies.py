@@ -219,10 +219,10 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     content = [
         {
             "token": token.token,
-            "logprob": _finite(token.logprob),
+            "logprob": finite(token.logprob),
             "bytes": token.bytes,
             "top_logprobs": [
-                {"token": top.token, "logprob": _finite(top.logprob), "bytes": top.bytes} for top in token.top
+                {"token": top.token, "logprob": finite(top.logprob), "bytes": top.bytes} for top in token.top
             ],
         }
         for token in tokens
@@ -240,13 +240,13 @@ def _text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any
         offset += len(token.token)
     return {
         "tokens": [token.token for token in tokens],
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
-        "top_logprobs": [{top.token: _finite(top.logprob) for top in token.top} for token in tokens],
+        "token_logprobs": [finite(token.logprob) for token in tokens],
+        "top_logprobs": [{top.token: finite(top.logprob) for top in token.top} for token in tokens],
         "text_offset": offsets,
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else NO_LOGPROB
 
 

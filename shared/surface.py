@@ -154,12 +154,11 @@ class Endpoint(Generic[_T]):
 
 def generating(read: Callable[[Asked], Generation], *, media_type: bytes = EVENTS) -> Callable[[Answer, Asked], Work]:
     """What an Endpoint begins for a body that asks for an answer. `media_type` is that of a stream."""
+    return lambda answer, asked: answering(answer, read(asked), media_type=media_type)
 
-    def begin(answer: Answer, asked: Asked) -> Work:
-        call = read(asked)
-        return lambda reply: _generate(answer, call, media_type, reply)
 
-    return begin
+def answering(answer: Answer, call: Generation, *, media_type: bytes = EVENTS) -> Work:
+    return lambda reply: _generate(answer, call, media_type, reply)
 
 
 async def _generate(answer: Answer, call: Generation, media_type: bytes, reply: Reply) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,8 @@ async def edge(
     *,
     policy: str = "mode: prefer_edge",
     keys: Keyring | None = None,
-    **options: Any,
+    embedder: Any = None,
 ) -> AsyncIterator[Edge]:
-    """`options` are edge_app's."""
-    daemon = daemon_over(local, cloud, policy_file(folder, policy))
-    async with served(edge_app(daemon, keys=keys, guard=Guard(), **options)) as port:
+    daemon = replace(daemon_over(local, cloud, policy_file(folder, policy)), embedder=embedder)
+    async with served(edge_app(daemon, keys=keys, guard=Guard())) as port:
         yield Edge(daemon, port)

@@ -6,8 +6,10 @@ from fastapi import FastAPI
 
 from edge_agent.api.anthropic import routes as anthropic
 from edge_agent.api.anthropic.write import error_body as anthropic_error
-from edge_agent.api.openai import Keyring, answers, openai_app
-from edge_agent.daemon import Daemon
+from edge_agent.api.ollama import routes as ollama
+from edge_agent.api.ollama.write import error_body as ollama_error
+from edge_agent.api.openai import Keyring, answers, embeds, openai_app
+from edge_agent.daemon import Daemon, model_cards
 from shared.guard import Guard, Shape
 from shared.replies import error_body
 from shared.schemas import ChatRequest
@@ -22,7 +24,11 @@ def edge_app(daemon: Daemon, *, keys: Keyring | None, guard: Guard) -> FastAPI:
         answer_for(headers)
         return daemon.agent.prompt_tokens
 
+    def known(name: str) -> bool:
+        return any(card.id == name for card in model_cards(daemon))
+
     anthropic.add_anthropic(app, answer_for, count_for)
+    ollama.add_ollama(app, answer_for, known=known, embed_for=embeds(daemon, keys))
     return app
 
 
@@ -30,4 +36,6 @@ def shape_of(path: str) -> Shape:
     """How an error looks there, also of what the guard refuses."""
     if path.startswith(anthropic.PATH):
         return anthropic_error
+    if path.startswith(ollama.PREFIX):
+        return ollama_error
     return error_body
