@@ -91,7 +91,12 @@ class Agent:
         except CausewayError as error:
             return Plan(policy, error, replace(record, refused=error.code, reason=error.message))
         said = replace(
-            record, target=decision.target, rule=decision.rule, reason=decision.reason, redact=decision.redact
+            record,
+            target=decision.target,
+            rule=decision.rule,
+            reason=decision.reason,
+            redact=decision.redact,
+            predictions=decision.predictions,
         )
         return Plan(policy, decision, said)
 

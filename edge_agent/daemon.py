@@ -13,6 +13,7 @@ from edge_agent.backends.base import LocalBackend, RemoteBackend
 from edge_agent.counts import RouteCounts
 from edge_agent.device import Device
 from edge_agent.embedder import Embedder
+from edge_agent.experience import Experience
 from edge_agent.intake import Intake
 from edge_agent.journal import Journal
 from edge_agent.offload import Offload
@@ -39,6 +40,7 @@ class Daemon:
     counts: RouteCounts
     registry: CollectorRegistry
     journal: Journal | None
+    experience: Experience
     live: LiveSettings
     embedder: Embedder | None = None
 
@@ -59,16 +61,19 @@ def put_together(
     live: LiveSettings | None = None,
     embedder: Embedder | None = None,
 ) -> Daemon:
-    registry, counts, device = CollectorRegistry(), RouteCounts(), Device(local)
-    listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts, policy)
-    offload = Offload(cloud) if cloud is not None else None
+    live = live or LiveSettings(EdgeSettings())
+    registry, counts = CollectorRegistry(), RouteCounts()
+    experience = Experience(journal.write if journal else None)
+    device = Device(local, pace=lambda: experience.pace("edge"), metered=lambda: live.current.metered)
+    listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts, policy, experience)
+    offload = Offload(cloud, pace=lambda: experience.pace("cloud")) if cloud is not None else None
     agent = Agent(
         local,
         offload,
         policy=policy.policy_for,
         device=device.reading,
-        listeners=listeners if journal is None else (*listeners, journal),
-        record=None if journal is None else journal.decided,
+        listeners=listeners,
+        record=experience.decided,
     )
     daemon = Daemon(
         intake=Intake(agent),
@@ -80,7 +85,8 @@ def put_together(
         counts=counts,
         registry=registry,
         journal=journal,
-        live=live or LiveSettings(EdgeSettings()),
+        experience=experience,
+        live=live,
         embedder=embedder,
     )
     registry.register(Gauges(daemon))
@@ -138,7 +144,7 @@ class Gauges(Collector):
             yield breaker
         if self._daemon.journal is not None:
             lost = CounterMetricFamily("causeway_journal_lost", "Decisions that could not be written to the journal")
-            lost.add_metric((), self._daemon.journal.lost)
+            lost.add_metric((), self._daemon.journal.lost + self._daemon.experience.lost)
             yield lost
         failures = CounterMetricFamily("causeway_policy_reload_failures", "Policy files rejected")
         failures.add_metric((), self._daemon.policy.failures)

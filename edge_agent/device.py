@@ -4,6 +4,7 @@ Reading never blocks: the sensors are sampled by a thread every few seconds, and
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,35 +14,77 @@ import psutil
 import structlog
 
 from edge_agent.backends.base import LocalBackend
+from edge_agent.network import online
 from router.conditions import WEEKDAYS
 from router.features import DeviceReading
+from router.predict import Pace
 
 SAMPLE_S = 5.0
 CPU_WINDOW_S = 0.25
+PROCESSOR_SENSORS = frozenset(
+    {"coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal", "acpitz"}
+)
+MAX_DEGREES = 150.0
+"""What is more is a broken sensor."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One sample; None for what this machine does not have or would not say. Percent, bytes."""
+    """One sample; None for what this machine does not have or would not say. Percent, bytes, degrees Celsius."""
 
     cpu_percent: float | None = None
+    """Of all processors together, whoever uses them."""
+    cpu_percent_others: float | None = None
+    """The same less what this process and its children used: a model at work is no reason to send work away."""
     memory_available: int | None = None
     battery_percent: float | None = None
     on_battery: bool | None = None
+    temperature_c: float | None = None
+    online: bool | None = None
 
 
 def sample() -> Machine:
     """Ask the operating system, which takes CPU_WINDOW_S and may take longer; a sensor that fails is left out."""
     battery = _tried(psutil.sensors_battery) if hasattr(psutil, "sensors_battery") else None
-    memory = _tried(psutil.virtual_memory)
+    memory, load = _tried(psutil.virtual_memory), _tried(_load)
     return Machine(
-        cpu_percent=_tried(lambda: psutil.cpu_percent(CPU_WINDOW_S)),
+        cpu_percent=load[0] if load else None,
+        cpu_percent_others=load[1] if load else None,
         memory_available=memory.available if memory else None,
         battery_percent=float(battery.percent) if battery else None,
         on_battery=not battery.power_plugged if battery and battery.power_plugged is not None else None,
+        temperature_c=_tried(_temperature) if hasattr(psutil, "sensors_temperatures") else None,
+        online=_tried(online),
     )
+
+
+def _load() -> tuple[float, float]:
+    """Of all, and of all but us, over CPU_WINDOW_S."""
+    began, ours = time.perf_counter(), _own_seconds()
+    everybody = psutil.cpu_percent(CPU_WINDOW_S)
+    used = (_own_seconds() - ours) / (time.perf_counter() - began) / (psutil.cpu_count() or 1)
+    return everybody, max(0.0, everybody - max(0.0, 100 * used))
+
+
+def _own_seconds() -> float:
+    """Of processor time that this process and its children have used."""
+    this = psutil.Process()
+    seconds = 0.0
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # a child that has just ended
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
+
+
+def _temperature() -> float | None:
+    """The hottest of the processor's sensors, or of all where none is known to be the processor's."""
+    groups = psutil.sensors_temperatures()
+    chosen = [name for name in groups if name in PROCESSOR_SENSORS] or list(groups)
+    degrees = [sensor.current for name in chosen for sensor in groups[name] if 0 < sensor.current < MAX_DEGREES]
+    return max(degrees, default=None)
 
 
 class Device:
@@ -52,8 +95,12 @@ class Device:
         local: LocalBackend,
         *,
         sensors: Callable[[], Machine] = sample,
+        pace: Callable[[], Pace] = Pace,
+        metered: Callable[[], bool | None] = lambda: None,
         local_time: Callable[[], time.struct_time] = time.localtime,
     ) -> None:
+        self._pace = pace
+        self._metered = metered
         self._local = local
         self._sensors = sensors
         self._local_time = local_time
@@ -79,9 +126,16 @@ class Device:
             running=runtime.running,
             tokens_per_s=runtime.tokens_per_s,
             prefill_tokens_per_s=runtime.prefill_tokens_per_s,
+            slots=runtime.slots,
+            token_s=self._pace().token.at(min(runtime.running + 1, max(1, runtime.slots))),
+            memory_available=self.machine.memory_available,
             battery_percent=self.machine.battery_percent,
             on_battery=self.machine.on_battery,
             cpu_percent=self.machine.cpu_percent,
+            cpu_percent_others=self.machine.cpu_percent_others,
+            temperature_c=self.machine.temperature_c,
+            online=self.machine.online,
+            metered=self._metered(),
             weekday=WEEKDAYS[now.tm_wday],
             hour=now.tm_hour + now.tm_min / 60,
         )

@@ -11,52 +11,36 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from router.records import INSERT, MAX_ROWS, SCHEMA, Outcome, Recorded, encode
-from shared.telemetry import RequestFinished
+from router.records import INSERT, MAX_ROWS, SCHEMA, Recorded, encode
 
 MAX_PENDING = 4096
-MAX_OPEN = 4096
 PRUNE_EVERY = 1000
 CLOSE_S = 5.0
 
 
 class Journal:
-    """`decided` when a decision was made, and as a Listener when its request has ended; then a row is written. Both are
-    called on the event loop and return at once. `close` writes what is pending."""
+    """`write` puts a row on its way; `close` writes what is pending."""
 
     def __init__(self, path: Path, *, max_rows: int = MAX_ROWS) -> None:
         self._path, self._max_rows = path, max_rows
-        self._open: dict[str, Recorded] = {}
         self._pending: queue.Queue[Recorded | None] = queue.Queue(MAX_PENDING)
         self.lost = 0
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
 
-    def decided(self, request_id: str, record: Recorded) -> None:
-        if record.refused:
-            self._put(record)
-        elif len(self._open) < MAX_OPEN:
-            self._open[request_id] = record
-        else:
+    def write(self, record: Recorded) -> None:
+        """Called on the event loop, and returns at once."""
+        if not self._writer.is_alive():  # it could not open the file, and has said so
             self.lost += 1
-
-    def __call__(self, event: RequestFinished, /) -> None:
-        record = self._open.pop(event.request_id, None)
-        if record is None:
             return
-        outcome = Outcome(
-            served=event.route.target if event.route else None,
-            ending=event.error_code or event.outcome,
-            first_token_s=event.first_token_s,
-            total_s=event.total_s,
-            completion_tokens=event.usage.completion_tokens if event.usage else 0,
-        )
-        self._put(replace(record, outcome=outcome))
+        try:
+            self._pending.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
 
     def flush(self) -> None:
         """Wait until what is pending has been tried."""
@@ -66,15 +50,6 @@ class Journal:
         with contextlib.suppress(queue.Full):
             self._pending.put(None, timeout=CLOSE_S)
         self._writer.join(timeout=CLOSE_S)
-
-    def _put(self, record: Recorded) -> None:
-        if not self._writer.is_alive():  # it could not open the file, and has said so
-            self.lost += 1
-            return
-        try:
-            self._pending.put_nowait(record)
-        except queue.Full:
-            self.lost += 1
 
     def _write(self) -> None:
         try:

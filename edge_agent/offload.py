@@ -17,6 +17,7 @@ from edge_agent.backends.base import LinkState, RemoteBackend, is_empty
 from router.features import LinkReading
 from router.health import CloudHealth, Outcome, State
 from router.policy import Policy
+from router.predict import Pace
 from router.privacy.inspect import redacted
 from router.privacy.redact import Restorer
 from shared.errors import DeadlineExceeded, PolicyDenied, Unreachable, UpstreamFailed
@@ -26,8 +27,11 @@ from shared.schemas import ChatRequest, Delta
 class Offload:
     """Sends requests, times their first token, and moves the breaker by what came of each."""
 
-    def __init__(self, cloud: RemoteBackend, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, cloud: RemoteBackend, *, pace: Callable[[], Pace] = Pace, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._cloud = cloud
+        self._pace = pace
         self._clock = clock
         self._health = CloudHealth()
         self._connected = False
@@ -36,6 +40,8 @@ class Offload:
 
     def reading(self) -> LinkReading:
         link, now = self._link(), self._clock()
+        pace = self._pace()
+        line = pace.first_token.fit()
         retry_after = self._health.retry_after_s(now) or link.retry_after_s
         return LinkReading(
             connected=link.connected,
@@ -44,6 +50,10 @@ class Offload:
             retry_after_s=retry_after,
             round_trip_s=link.round_trip_s,
             first_token_s=self._health.first_token_s,
+            first_token_base_s=line[0] if line else None,
+            prompt_token_s=line[1] if line else None,
+            token_s=pace.token.at(1),
+            failure_ratio=self._health.failure_ratio,
             model=link.model,
             context_length=link.context_length,
         )

@@ -34,6 +34,8 @@ class EdgeSettings(Settings):
     """How long a stream that has begun waits for a lost cloud to come back, before it ends with an error."""
     no_cloud: bool = False
     """Connect to no cloud, whatever else is set."""
+    metered: bool | None = None
+    """Whether this device's traffic costs, for rules that ask (`metered`); none: nobody has said."""
     policy: Path | None = None
     slots: Annotated[int, Field(ge=1, le=64)] = 8
     """How many requests the local model answers at once."""

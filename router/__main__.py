@@ -95,7 +95,10 @@ def replay_journal(
         moved = [{"from": before, "to": after, "count": n} for (before, after), n in comparison.moved.most_common()]
         typer.echo(json.dumps({**dataclasses.asdict(comparison), "moved": moved, "changed": comparison.changed}))
         return
-    _print({"would": said(comparison), "decided by": _counted(comparison.rules)})
+    off = {"first token": comparison.first_token_error_s, "whole answer": comparison.total_error_s}
+    errors = ", ".join(f"{what} {seconds * 1000:.0f} ms" for what, seconds in off.items() if seconds is not None)
+    rows = {"would": said(comparison), "decided by": _counted(comparison.rules)}
+    _print(rows | ({"predictions off by": f"{errors} (median)"} if errors else {}))
 
 
 @app.command()

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from router.document import shorten
-from router.facts import Case, first_token_s, matched
+from router.facts import Case, matched
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy
+from router.predict import UNMEASURED, Predictions
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
 from shared.schemas import LABELS, Label, Target
 
@@ -32,8 +33,8 @@ class Decision:
     """The strictest that the request's own label, and what was found in it, ask for: so its answer is kept."""
     redact: bool = False
     """Whoever sends this request to the cloud must first replace its personal data and secrets."""
-    edge_first_token_s: float | None = None
-    cloud_first_token_s: float | None = None
+    predictions: Predictions = UNMEASURED
+    """What each side's answer would take."""
 
     @property
     def reason(self) -> str:
@@ -83,8 +84,7 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
         reasons=choice.reasons,
         label=_care(case),
         redact=choice.target == "cloud" and _care(case) == "redact",
-        edge_first_token_s=first_token_s(case, "edge"),
-        cloud_first_token_s=first_token_s(case, "cloud"),
+        predictions=case.predictions,
     )
 
 

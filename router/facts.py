@@ -10,7 +10,7 @@ from typing import Final
 from router.expression import Fact
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, Rule
-from shared.schemas import Target
+from router.predict import Predictions, predict
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +36,9 @@ class Case:
     match: Match | None = None
     """The administrator's rule that applies: see `matched`."""
 
-
-def first_token_s(case: Case, target: Target) -> float | None:
-    """How long the first token would take, in seconds; None where nothing was measured to tell from.
-
-    Edge: those waiting get their whole answer first, at the device's total rate; then this prompt is prefilled.
-    Cloud: what recent requests took.
-    """
-    if target == "cloud":
-        return case.link.first_token_s
-    device = case.device
-    if not device.prefill_tokens_per_s:
-        return None
-    prefill = case.request.prompt_tokens / device.prefill_tokens_per_s
-    if not device.queue_depth:
-        return prefill
-    if not device.tokens_per_s:
-        return None
-    return device.queue_depth * case.request.expected_output_tokens / device.tokens_per_s + prefill
+    @property
+    def predictions(self) -> Predictions:
+        return predict(self.request, self.device, self.link)
 
 
 FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
@@ -74,12 +59,20 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "fits_cloud": lambda case: _fits(case, case.link.context_length),
     "queue_depth": lambda case: case.device.queue_depth,
     "running": lambda case: case.device.running,
-    "edge_first_token_ms": lambda case: _ms(first_token_s(case, "edge")),
-    "cloud_first_token_ms": lambda case: _ms(first_token_s(case, "cloud")),
+    "edge_first_token_ms": lambda case: _ms(case.predictions.edge.first_token_s),
+    "cloud_first_token_ms": lambda case: _ms(case.predictions.cloud.first_token_s),
+    "edge_total_ms": lambda case: _ms(case.predictions.edge.total_s),
+    "cloud_total_ms": lambda case: _ms(case.predictions.cloud.total_s),
+    "cloud_failure_ratio": lambda case: case.link.failure_ratio,
     "round_trip_ms": lambda case: _ms(case.link.round_trip_s),
     "battery_percent": lambda case: case.device.battery_percent,
     "on_battery": lambda case: case.device.on_battery,
     "cpu_percent": lambda case: case.device.cpu_percent,
+    "cpu_percent_others": lambda case: case.device.cpu_percent_others,
+    "memory_available_mb": lambda case: _mb(case.device.memory_available),
+    "temperature_c": lambda case: case.device.temperature_c,
+    "online": lambda case: case.device.online,
+    "metered": lambda case: case.device.metered,
     "weekday": lambda case: case.device.weekday,
     "hour": lambda case: case.device.hour,
     "bucket": lambda case: case.request.bucket,
@@ -127,3 +120,7 @@ def _fits(case: Case, context_length: int | None) -> bool | None:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1000
+
+
+def _mb(size: int | None) -> float | None:
+    return None if size is None else size / 1e6

@@ -75,9 +75,23 @@ class DeviceReading:
     tokens_per_s: float | None = None
     """Decoded by all running requests together."""
     prefill_tokens_per_s: float | None = None
+    slots: int | None = None
+    """How many requests can run at once."""
+    token_s: float | None = None
+    """Seconds for each further token of an answer, were it to run beside those that run now: see `router.predict`."""
+    memory_available: int | None = None
+    """Bytes that can be had without swapping."""
     battery_percent: float | None = None
     on_battery: bool | None = None
     cpu_percent: float | None = None
+    """Load of the whole machine, this program's own work included; the next one leaves that out."""
+    cpu_percent_others: float | None = None
+    temperature_c: float | None = None
+    """Of the hottest processor sensor."""
+    online: bool | None = None
+    """Whether any network beyond the device can be reached at all, by its routes."""
+    metered: bool | None = None
+    """Whether traffic costs, as the user has set."""
     weekday: str | None = None
     """`mon` to `sun`, and the hour of the day with its fraction, where the device is."""
     hour: float | None = None
@@ -100,7 +114,14 @@ class LinkReading:
     """When the breaker opens up again, or the cloud asked to be left alone until."""
     round_trip_s: float | None = None
     first_token_s: float | None = None
-    """What recent offloaded requests waited for their first token."""
+    """What recent offloaded requests waited for their first token, on average."""
+    first_token_base_s: float | None = None
+    """That same wait as a line over the prompt's length: for an empty prompt, and for each token of it."""
+    prompt_token_s: float | None = None
+    token_s: float | None = None
+    """Seconds for each token of an answer after the first."""
+    failure_ratio: float | None = None
+    """Share of the latest requests that the cloud failed, before their first token."""
     model: str | None = None
     context_length: int | None = None
 

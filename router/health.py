@@ -64,6 +64,11 @@ class CloudHealth:
     def retry_after_s(self, now: float) -> float | None:
         return None if self.retry_at is None else max(0.0, self.retry_at - now)
 
+    @property
+    def failure_ratio(self) -> float | None:
+        """Of the latest requests; None before the first, and after an opening."""
+        return self.recent.count(False) / len(self.recent) if self.recent else None
+
     def admit(self, now: float, breaker: Breaker) -> tuple["CloudHealth", bool]:
         """Ask right before sending. While half open, whoever asks first is the probe."""
         match self.state(now):

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.predict import UNMEASURED, Prediction, Predictions
 from shared.schemas import Target
 
 SCHEMA: Final = (
@@ -56,9 +57,30 @@ class Recorded:
     rule: str = ""
     reason: str = ""
     redact: bool = False
+    predictions: Predictions = UNMEASURED
     refused: str = ""
     shadow: Shadowed | None = None
     outcome: Outcome = Outcome()
+
+    @property
+    def went_well(self) -> bool:
+        """Answered to its end by the side that was chosen: its times tell of that side, and of nothing else."""
+        return self.outcome.ending == "done" and self.target is not None and self.outcome.served == self.target
+
+    @property
+    def prediction_errors(self) -> Prediction:
+        """How far off the prediction for the chosen side was, in seconds, either way; None where either is unknown."""
+        if self.target is None:
+            return Prediction()
+        said = self.predictions.edge if self.target == "edge" else self.predictions.cloud
+        return Prediction(
+            first_token_s=_off(said.first_token_s, self.outcome.first_token_s),
+            total_s=_off(said.total_s, self.outcome.total_s),
+        )
+
+
+def _off(said: float | None, was: float | None) -> float | None:
+    return None if said is None or was is None else abs(said - was)
 
 
 def encode(record: Recorded) -> bytes:

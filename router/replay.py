@@ -33,6 +33,9 @@ class Comparison:
     """Mean over the moved requests for which both sides' times are known or can be estimated."""
     estimated: int = 0
     """How many requests that mean is of."""
+    first_token_error_s: float | None = None
+    """How far off the recorded predictions were, in the median, of requests that went as decided."""
+    total_error_s: float | None = None
 
     @property
     def changed(self) -> int:
@@ -60,6 +63,9 @@ def replay(records: Iterable[Recorded], candidate: Policy) -> Comparison:
             becomes = speeds[decision.target].first_token_s(record.request.prompt_tokens)
             if was is not None and becomes is not None:
                 changes.append(becomes - was)
+    errors = [record.prediction_errors for record in recorded if record.went_well]
+    comparison.first_token_error_s = _median(error.first_token_s for error in errors)
+    comparison.total_error_s = _median(error.total_s for error in errors)
     if changes:
         comparison.first_token_change_s, comparison.estimated = statistics.fmean(changes), len(changes)
     return comparison
@@ -70,6 +76,11 @@ def _decide(record: Recorded, policy: Policy) -> Decision | None:
         return decide(record.request, policy, device=record.device, link=record.link)
     except CausewayError:
         return None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 class _Speed:

@@ -69,11 +69,10 @@ def _status(daemon: Daemon) -> dict[str, Any]:
         "failovers": daemon.counts.failovers,
         "device": {
             **dataclasses.asdict(daemon.device.reading()),
-            "slots": runtime.slots,
             "restarts": runtime.restarts,
             "quarantined": runtime.quarantined,
-            "memory_available": daemon.device.machine.memory_available,
         },
+        "predictions": daemon.experience.accuracy(),
         "link": link,
         "policy": _policy(daemon.policy.current, daemon.policy.failures),
     }

@@ -7,6 +7,7 @@ import pytest
 from edge_sides import Local
 from fakes import EchoAnswer
 
+from edge_agent import device as module
 from edge_agent.device import Device, Machine, sample
 
 
@@ -33,6 +34,43 @@ def test_battery_states(monkeypatch: pytest.MonkeyPatch, plugged: bool | None) -
     assert machine.on_battery is (None if plugged is None else not plugged)
 
 
+def test_the_load_of_others_leaves_out_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process at work for the whole window: it shows in the load, and not in that of others."""
+
+    def cpu_percent(window: float) -> float:
+        end = time.process_time() + window
+        while time.process_time() < end:
+            pass
+        return 100.0 / (psutil.cpu_count() or 1) + 3.0
+
+    monkeypatch.setattr(psutil, "cpu_percent", cpu_percent)
+    machine = sample()
+
+    assert machine.cpu_percent is not None
+    assert machine.cpu_percent_others is not None
+    assert machine.cpu_percent_others < machine.cpu_percent - 25.0 / (psutil.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("sensors", "degrees"),
+    [
+        ({"coretemp": [51.0, 63.5], "nvme": [80.0]}, 63.5),
+        ({"nvme": [41.0], "iwlwifi": [44.0]}, 44.0),
+        ({"k10temp": [0.0, -12.0, 255.0, 70.0]}, 70.0),
+        ({"k10temp": [0.0]}, None),
+        ({}, None),
+    ],
+)
+def test_the_hottest_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch, sensors: dict[str, list[float]], degrees: float | None
+) -> None:
+    """Its own sensors where they are known, any others where not; broken ones are left out."""
+    told = {name: [SimpleNamespace(current=value) for value in values] for name, values in sensors.items()}
+    monkeypatch.setattr(psutil, "sensors_temperatures", lambda: told, raising=False)
+
+    assert sample().temperature_c == degrees
+
+
 @pytest.mark.parametrize("error", [OSError("no /sys"), KeyError("POWER_SUPPLY"), psutil.AccessDenied()])
 def test_a_failing_sensor_is_left_out(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Nothing a sensor raises gets further than its own value."""
@@ -40,8 +78,9 @@ def test_a_failing_sensor_is_left_out(monkeypatch: pytest.MonkeyPatch, error: Ex
     def fail(*_: object) -> None:
         raise error
 
-    for name in ("sensors_battery", "virtual_memory", "cpu_percent"):
+    for name in ("sensors_battery", "sensors_temperatures", "virtual_memory", "cpu_percent"):
         monkeypatch.setattr(psutil, name, fail, raising=False)
+    monkeypatch.setattr(module, "online", fail)
 
     assert sample() == Machine()
 

@@ -10,9 +10,8 @@ from fakes import ScriptedAnswer
 from edge_agent.daemon import put_together
 from edge_agent.journal import Journal
 from router.features import NO_CLOUD, DeviceReading, RequestFeatures
-from router.records import Recorded, read
+from router.records import Outcome, Recorded, read
 from shared.errors import PolicyDenied, UpstreamFailed
-from shared.telemetry import RequestFinished
 
 RECORD = Recorded(
     at=1.0,
@@ -20,12 +19,9 @@ RECORD = Recorded(
     device=DeviceReading(model="small", context_length=100),
     link=NO_CLOUD,
     target="edge",
+    outcome=Outcome(ending="done"),
 )
 SECRET = "the moon is made of cheese"
-
-
-def finished(request_id: str) -> RequestFinished:
-    return RequestFinished(request_id=request_id, model="auto", outcome="done", total_s=1.0)
 
 
 async def test_every_decision_with_what_it_saw_and_what_came_of_it(tmp_path: Path) -> None:
@@ -68,8 +64,7 @@ def test_a_damaged_file_is_moved_aside(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     path.write_bytes(b"this is no database" * 100)
     journal = Journal(path)
-    journal.decided("a", RECORD)
-    journal(finished("a"))
+    journal.write(RECORD)
     journal.close()
     assert [row.outcome.ending for row in read(path)] == ["done"]
     assert [other.name for other in tmp_path.glob("*.damaged-*")] != []
@@ -79,8 +74,7 @@ def test_it_keeps_the_newest(tmp_path: Path) -> None:
     """Old rows go when there are too many."""
     journal = Journal(tmp_path / "journal.db", max_rows=50)
     for number in range(3000):
-        journal.decided(str(number), replace(RECORD, at=float(number)))
-        journal(finished(str(number)))
+        journal.write(replace(RECORD, at=float(number)))
         if number % 500 == 0:
             journal.flush()
     journal.close()
@@ -94,15 +88,13 @@ def test_a_full_disk_costs_rows_and_nothing_else(tmp_path: Path) -> None:
     """What cannot be written is counted as lost; whoever decides does not notice."""
     path = tmp_path / "journal.db"
     journal = Journal(path)
-    journal.decided("first", RECORD)
-    journal(finished("first"))
+    journal.write(RECORD)
     journal.flush()
     with sqlite3.connect(path) as database:
         database.execute("DROP TABLE decisions")
     database.close()
-    for number in range(3):
-        journal.decided(str(number), RECORD)
-        journal(finished(str(number)))
+    for _ in range(3):
+        journal.write(RECORD)
     journal.close()
     assert journal.lost == 3
 
@@ -112,8 +104,7 @@ def test_no_place_for_a_file_costs_rows_and_nothing_else(tmp_path: Path) -> None
     (tmp_path / "taken").write_text("a file where the folder should be")
     journal = Journal(tmp_path / "taken" / "journal.db")
     journal._writer.join(timeout=10)
-    journal.decided("a", RECORD)
-    journal(finished("a"))
+    journal.write(RECORD)
     journal.close()
     assert journal.lost == 1
 

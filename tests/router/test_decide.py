@@ -12,6 +12,7 @@ from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
 from router.facts import FACTS
 from router.features import NO_CLOUD, VIRTUAL_MODELS, DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, PrivacyRules, Rule
+from router.predict import Prediction, Predictions
 from router.privacy.inspect import Privacy
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
 
@@ -251,9 +252,9 @@ def test_predictions():
     """First-token times are given where something was measured."""
     device = replace(IDLE, prefill_tokens_per_s=200.0)
     decision = decide(ASK, PREFER_EDGE, device=device, link=replace(UP, first_token_s=0.25))
-    assert (decision.edge_first_token_s, decision.cloud_first_token_s) == (0.5, 0.25)
+    assert decision.predictions == Predictions(edge=Prediction(first_token_s=0.5), cloud=Prediction(first_token_s=0.25))
     bare = decide(ASK, PREFER_EDGE, device=IDLE, link=UP)
-    assert (bare.edge_first_token_s, bare.cloud_first_token_s) == (None, None)
+    assert bare.predictions == Predictions()
 
 
 NUMBERS = st.integers(0, 3000)

@@ -1,7 +1,7 @@
 import pytest
 
 from router.conditions import Range, When
-from router.facts import FACTS, Case, first_token_s, matched
+from router.facts import FACTS, Case, matched
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, Rule
 
@@ -19,10 +19,18 @@ DEVICE = DeviceReading(
     battery_percent=55.5,
     on_battery=True,
     cpu_percent=80.0,
+    cpu_percent_others=20.0,
+    memory_available=512_000_000,
+    temperature_c=71.5,
+    online=True,
+    metered=False,
+    token_s=0.02,
     weekday="tue",
     hour=13.5,
 )
-LINK = LinkReading(round_trip_s=0.05, first_token_s=0.4, model="large", context_length=8192)
+LINK = LinkReading(
+    round_trip_s=0.05, first_token_s=0.4, token_s=0.01, failure_ratio=0.25, model="large", context_length=8192
+)
 BARE = DeviceReading(model="small", context_length=1400)
 
 
@@ -57,6 +65,14 @@ def test_every_condition_has_its_fact():
         ("battery_percent", 55.5, None),
         ("on_battery", True, None),
         ("cpu_percent", 80.0, None),
+        ("cpu_percent_others", 20.0, None),
+        ("memory_available_mb", 512.0, None),
+        ("temperature_c", 71.5, None),
+        ("online", True, None),
+        ("metered", False, None),
+        ("edge_total_ms", 10_980.0, None),
+        ("cloud_total_ms", 2390.0, None),
+        ("cloud_failure_ratio", 0.25, None),
         ("weekday", "tue", None),
         ("hour", 13.5, None),
         ("bucket", 7.25, 7.25),
@@ -80,7 +96,7 @@ def test_facts(name, value, unknown):
 )
 def test_edge_first_token(device, seconds):
     """Those waiting are answered first (200 tokens each), then 1,200 tokens prefilled; unmeasured is unknown."""
-    assert first_token_s(case(device=device), "edge") == seconds
+    assert case(device=device).predictions.edge.first_token_s == seconds
 
 
 @pytest.mark.parametrize(

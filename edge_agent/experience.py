@@ -1,0 +1,99 @@
+"""What became of each decision: its record is completed by its outcome, both sides' paces are learned from those that
+went well, and predictions are held against what happened."""
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from router.predict import Pace
+from router.records import Outcome, Recorded
+from shared.schemas import Target
+from shared.telemetry import RequestFinished
+
+MAX_OPEN = 4096
+LATEST = 256
+"""Answers over which errors are reported."""
+
+
+@dataclass(slots=True)
+class Errors:
+    """How far off the predictions for one side were, in seconds, either way."""
+
+    first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    total_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+
+
+class Experience:
+    """`decided` when a decision was made, and as a Listener when its request has ended; `keep` then gets the whole. All
+    on the event loop, and at once."""
+
+    def __init__(self, keep: Callable[[Recorded], None] | None = None) -> None:
+        self._keep = keep
+        self._open: dict[str, Recorded] = {}
+        self._paces: dict[Target, Pace] = {"edge": Pace(), "cloud": Pace()}
+        self._errors: Mapping[Target, Errors] = {"edge": Errors(), "cloud": Errors()}
+        self.lost = 0
+        """Decisions whose end nobody waited for: too many were open."""
+
+    def pace(self, target: Target) -> Pace:
+        return self._paces[target]
+
+    def decided(self, request_id: str, record: Recorded) -> None:
+        if record.refused:
+            self._done(record)
+        elif len(self._open) < MAX_OPEN:
+            self._open[request_id] = record
+        else:
+            self.lost += 1
+
+    def __call__(self, event: RequestFinished, /) -> None:
+        record = self._open.pop(event.request_id, None)
+        if record is None:
+            return
+        outcome = Outcome(
+            served=event.route.target if event.route else None,
+            ending=event.error_code or event.outcome,
+            first_token_s=event.first_token_s,
+            total_s=event.total_s,
+            completion_tokens=event.usage.completion_tokens if event.usage else 0,
+        )
+        self._done(replace(record, outcome=outcome))
+
+    def accuracy(self) -> dict[str, dict[str, float | int | None]]:
+        """By target: the median absolute error of the latest predictions in milliseconds, and of how many."""
+        return {
+            target: {
+                "first_token_error_ms": _median_ms(errors.first_token_s),
+                "total_error_ms": _median_ms(errors.total_s),
+                "answers": len(errors.first_token_s),
+            }
+            for target, errors in self._errors.items()
+        }
+
+    def _done(self, record: Recorded) -> None:
+        if record.went_well:
+            self._learn(record)
+        if self._keep is not None:
+            self._keep(record)
+
+    def _learn(self, record: Recorded) -> None:
+        target, outcome = record.target, record.outcome
+        if target is None or outcome.first_token_s is None or outcome.total_s is None:
+            return
+        errors, off = self._errors[target], record.prediction_errors
+        if off.first_token_s is not None:
+            errors.first_token_s.append(off.first_token_s)
+        if off.total_s is not None:
+            errors.total_s.append(off.total_s)
+        self._paces[target] = self._paces[target].after(
+            prompt_tokens=record.request.prompt_tokens,
+            first_token_s=outcome.first_token_s,
+            tokens=outcome.completion_tokens,
+            total_s=outcome.total_s,
+            together=record.device.running + 1 if target == "edge" else 1,
+        )
+
+
+def _median_ms(seconds: deque[float]) -> float | None:
+    return round(statistics.median(seconds) * 1000, 1) if seconds else None

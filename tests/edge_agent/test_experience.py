@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+from edge_sides import Turns, ask, collect, daemon_over, policy_file
+from fakes import ScriptedAnswer
+
+from edge_agent.experience import MAX_OPEN, Experience
+from router.features import NO_CLOUD, DeviceReading, RequestFeatures
+from router.predict import Prediction, Predictions
+from router.records import Recorded
+from shared.errors import UpstreamFailed
+from shared.schemas import Delta, Route, Target, Usage
+from shared.telemetry import RequestFinished
+
+
+def record(target: Target | None = "edge", running: int = 0, **changes: object) -> Recorded:
+    return Recorded(
+        at=1.0,
+        request=RequestFeatures(prompt_tokens=100),
+        device=DeviceReading(model="small", context_length=100, running=running),
+        link=NO_CLOUD,
+        target=target,
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def finished(request_id: str = "r", served: Target = "edge", tokens: int = 21, **changes: object) -> RequestFinished:
+    values: dict[str, object] = {
+        "request_id": request_id,
+        "model": "auto",
+        "outcome": "done",
+        "total_s": 1.2,
+        "first_token_s": 0.2,
+        "usage": Usage(prompt_tokens=100, completion_tokens=tokens),
+        "route": Route(target=served, reason="because"),
+    }
+    return RequestFinished(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_record_is_completed_and_kept() -> None:
+    """Its outcome is what the event says; an event of no decision is nobody's."""
+    kept: list[Recorded] = []
+    experience = Experience(kept.append)
+    experience.decided("r", record())
+    experience(finished("other"))
+    experience(finished())
+
+    (one,) = kept
+    assert (one.outcome.served, one.outcome.ending, one.outcome.completion_tokens) == ("edge", "done", 21)
+    assert (one.outcome.first_token_s, one.outcome.total_s) == (0.2, 1.2)
+
+
+def test_a_refusal_is_kept_at_once() -> None:
+    """It has no end to wait for."""
+    kept: list[Recorded] = []
+    Experience(kept.append).decided("r", record(None, refused="policy_denied"))
+
+    assert [one.refused for one in kept] == ["policy_denied"]
+
+
+@pytest.mark.parametrize("target", ["edge", "cloud"])
+def test_the_pace_of_who_answered_is_learned(target: Target) -> None:
+    """20 further tokens in a second: 50 ms each; the other side's pace is not touched."""
+    experience = Experience()
+    experience.decided("r", record(target))
+    experience(finished(served=target))
+
+    assert experience.pace(target).token.at(1) == pytest.approx(0.05)
+    assert experience.pace(target).first_token.at(100) == pytest.approx(0.2)
+    assert experience.pace("cloud" if target == "edge" else "edge").token.at(1) is None
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        finished(outcome="error", error_code="upstream_failed"),
+        finished(outcome="cancelled"),
+        finished(served="cloud"),
+        finished(route=None),
+        finished(first_token_s=None),
+    ],
+)
+def test_what_went_otherwise_teaches_nothing(event: RequestFinished) -> None:
+    """Failed, cancelled, answered by the other side in its place, without a token: those times tell of other things."""
+    experience = Experience()
+    experience.decided("r", record())
+    experience(event)
+
+    assert experience.pace("edge").token.at(1) is None
+    assert experience.pace("cloud").token.at(1) is None
+
+
+def test_predictions_are_held_against_what_happened() -> None:
+    """The median of how far off they were, either way; what was not predicted does not count."""
+    experience = Experience()
+    said = [Prediction(first_token_s=0.1, total_s=1.0), Prediction(first_token_s=0.5, total_s=None), Prediction()]
+    for number, edge in enumerate(said):
+        experience.decided(str(number), record(predictions=Predictions(edge=edge)))
+        experience(finished(str(number)))
+
+    assert experience.accuracy()["edge"] == {"first_token_error_ms": 200.0, "total_error_ms": 200.0, "answers": 2}
+    assert experience.accuracy()["cloud"] == {"first_token_error_ms": None, "total_error_ms": None, "answers": 0}
+
+
+def test_what_never_ends_is_bounded() -> None:
+    """Beyond its limit decisions are counted as lost, and those before are still paired."""
+    kept: list[Recorded] = []
+    experience = Experience(kept.append)
+    for number in range(MAX_OPEN + 3):
+        experience.decided(str(number), record())
+    experience(finished("0"))
+
+    assert experience.lost == 3
+    assert len(kept) == 1
+
+
+async def test_a_daemon_learns_from_its_answers(tmp_path: Path) -> None:
+    """After an answer from each side both have a pace and the next decision holds predictions; a failure adds none."""
+    slow: tuple[Delta | float, ...] = (Delta(text="w ", tokens=1), *(0.002, Delta(text="w ", tokens=1)) * 11)
+    last = Delta(finish_reason="stop", usage=Usage(prompt_tokens=5, completion_tokens=12))
+    local, cloud = Turns((*slow, last), (UpstreamFailed("broken"),)), ScriptedAnswer(*slow, last)
+    daemon = daemon_over(local, cloud, policy_file(tmp_path, "mode: prefer_cloud"))
+    daemon.local.runtime.prefill_tokens_per_s = 100.0  # type: ignore[attr-defined]
+    before = (await daemon.agent.plan(ask())).record.predictions
+    for number, model in enumerate(("edge", "cloud", "edge")):
+        await collect(daemon.intake, ask(id=str(number), model=model))
+    after = (await daemon.agent.plan(ask())).record.predictions
+
+    assert (before.edge.total_s, before.cloud.first_token_s) == (None, None)
+    assert before.edge.first_token_s == pytest.approx(0.05)
+    assert after.edge.total_s is not None
+    assert after.cloud.total_s is not None
+    assert after.edge.total_s > 0.05 + 255 * 0.002
+    assert daemon.device.reading().token_s == pytest.approx(daemon.experience.pace("edge").token.at(1))
+    assert daemon.experience.accuracy()["edge"]["answers"] == 1

@@ -1,0 +1,134 @@
+"""Predicted times: from what was measured, never negative, never from nothing."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
+from router.predict import UNMEASURED, Line, Pace, Prediction, predict
+
+REQUEST = RequestFeatures(prompt_tokens=1000, expected_output_tokens=101)
+DEVICE = DeviceReading(
+    model="small",
+    context_length=4096,
+    slots=4,
+    running=1,
+    tokens_per_s=80.0,
+    prefill_tokens_per_s=500.0,
+    token_s=0.02,
+)
+LINK = LinkReading(round_trip_s=0.05, first_token_s=0.4, token_s=0.01)
+
+
+def test_both_sides() -> None:
+    """1,000 tokens prefilled at 500 a second; 100 more tokens at each side's pace."""
+    said = predict(REQUEST, DEVICE, LINK)
+
+    assert said.edge == Prediction(first_token_s=2.0, total_s=pytest.approx(4.0))
+    assert said.cloud == Prediction(first_token_s=0.4, total_s=pytest.approx(1.4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"running": 3}, 2.0),
+        ({"running": 4}, 2.0 + 101 / 80),
+        ({"running": 4, "queue_depth": 2}, 2.0 + 3 * 101 / 80),
+        ({"running": 4, "queue_depth": 2, "slots": None}, 2.0 + 2 * 101 / 80),
+        ({"running": 4, "tokens_per_s": None}, None),
+        ({"prefill_tokens_per_s": None}, None),
+        ({"prefill_tokens_per_s": 0.0}, None),
+    ],
+)
+def test_who_is_ahead_goes_first(changes: dict[str, object], first: float | None) -> None:
+    """With every slot taken, whoever runs or waits ahead gets a whole answer at the device's total rate."""
+    said = predict(REQUEST, replace(DEVICE, **changes), LINK).edge
+
+    assert said.first_token_s == (None if first is None else pytest.approx(first))
+    assert said.total_s == (None if first is None else pytest.approx(first + 2.0))
+
+
+def test_nothing_measured_nothing_said() -> None:
+    """A device and a link that have answered nothing yet; and no cloud at all."""
+    bare = DeviceReading(model="small", context_length=4096)
+
+    assert predict(REQUEST, bare, LinkReading()) == UNMEASURED
+    assert predict(REQUEST, bare, NO_CLOUD) == UNMEASURED
+
+
+def test_the_clouds_first_token_grows_with_the_prompt() -> None:
+    """Where the line is known it counts, but nothing comes before a round trip is over."""
+    link = replace(LINK, first_token_base_s=0.1, prompt_token_s=0.001)
+
+    assert predict(REQUEST, DEVICE, link).cloud.first_token_s == pytest.approx(1.1)
+    assert (
+        predict(replace(REQUEST, prompt_tokens=1), DEVICE, replace(link, round_trip_s=0.5)).cloud.first_token_s == 0.5
+    )
+
+
+def test_one_token_has_no_further_ones() -> None:
+    """The total of an answer of one token is its first."""
+    said = predict(replace(REQUEST, expected_output_tokens=1), DEVICE, LINK)
+
+    assert said.edge.total_s == said.edge.first_token_s
+
+
+def test_a_line_is_found_and_followed() -> None:
+    """y = 0.2 + 0.003 x with noise is found; after the world has changed, the new line is."""
+    rng, line = random.Random(7), Line()
+    for base, slope in ((0.2, 0.003), (1.0, 0.001)):
+        for _ in range(200):
+            x = rng.uniform(10, 2000)
+            line = line.after(x, base + slope * x + rng.gauss(0, 0.01))
+        assert line.at(500) == pytest.approx(base + slope * 500, rel=0.05)
+        assert line.at(1500) == pytest.approx(base + slope * 1500, rel=0.05)
+
+
+def test_a_line_through_one_place_is_level() -> None:
+    """Prompts of one length say nothing of others; before the first sample nothing is said."""
+    line = Line()
+    assert line.fit() is None
+    for _ in range(10):
+        line = line.after(100, 0.5)
+
+    assert line.at(5000) == pytest.approx(0.5)
+
+
+SAMPLES = st.lists(st.tuples(st.floats(0, 1e5), st.floats(0, 1e4)), min_size=1, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SAMPLES, st.floats(0, 1e5))
+def test_no_line_is_absurd(samples: list[tuple[float, float]], x: float) -> None:
+    """Whatever was seen: neither base nor slope is negative, and a prediction within the seen is within reason."""
+    line = Line()
+    for at, seconds in samples:
+        line = line.after(at, seconds)
+    fit = line.fit()
+    assert fit is not None
+    base, slope = fit
+
+    assert base >= -1e-6
+    assert slope >= 0
+    assert (line.at(x) or 0.0) >= -1e-6
+    most = max(seconds for _, seconds in samples)
+    middle = sum(at for at, _ in samples) / len(samples)
+    assert slope == 0 or base + slope * middle < 1e3 * most + 1e-6
+
+
+def test_a_pace_is_learned() -> None:
+    """Tokens slow down as more run together; an answer of a few tokens says nothing of that."""
+    pace = Pace()
+    for together in (1, 4, 8) * 5:
+        pace = pace.after(
+            prompt_tokens=100, first_token_s=0.2, tokens=51, total_s=0.2 + 50 * 0.01 * together, together=together
+        )
+    short = pace.after(prompt_tokens=100, first_token_s=0.2, tokens=2, total_s=9.0, together=1)
+
+    assert pace.token.at(1) == pytest.approx(0.01, rel=0.05)
+    assert pace.token.at(8) == pytest.approx(0.08, rel=0.05)
+    assert short.token == pace.token
+    assert Pace().token.at(1) is None
