@@ -5,7 +5,6 @@ The file also says who holds it, for messages and for `doctor`; what it says cou
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Final
 
 import msgspec
 
+from edge_agent.locks import held, is_held
 from shared.config import InvalidSettings
 
 LOCK_FILE: Final = "daemon.lock"
-LOCKED_BYTE: Final = 1 << 30  # where Windows locks a byte: past what is written, so that others can read that
 MAX_NOTE: Final = 4096
 
 
@@ -34,78 +33,43 @@ class Instance:
 class Held:
     """The lock, held by this process."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, file: Path) -> None:
+        self._file = file
         self.say("")
 
     def say(self, url: str) -> None:
         """Where this daemon listens, for whoever finds the lock taken."""
-        note = msgspec.json.encode(Instance(os.getpid(), url))
         with contextlib.suppress(OSError):  # a full disk must not end the daemon: the lock is what counts
-            os.lseek(self._descriptor, 0, os.SEEK_SET)
-            os.write(self._descriptor, note)
-            os.ftruncate(self._descriptor, len(note))
+            self._file.write_bytes(msgspec.json.encode(Instance(os.getpid(), url)))
 
 
 @contextlib.contextmanager
 def hold(state: Path) -> Iterator[Held]:
     """Raises InvalidSettings naming the other daemon's process and address if there is one."""
     path = state / LOCK_FILE
-    try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise InvalidSettings(f"state_dir: {path}: {error.strerror}", param="state_dir") from error
-    try:
-        if not _locked(descriptor):
-            other = _noted(descriptor)
+    with contextlib.ExitStack() as stack:
+        try:
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(0o600)
+            ours = stack.enter_context(held(path))
+        except OSError as error:
+            raise InvalidSettings(f"state_dir: {path}: {error.strerror}", param="state_dir") from error
+        if not ours:
             raise InvalidSettings(
-                f"state_dir: another edge-agent ({other or 'of unknown number'}) uses {state}: stop it, or give this "
-                "one another state_dir and port",
+                f"state_dir: another edge-agent ({_noted(path) or 'of unknown number'}) uses {state}: stop it, or give "
+                "this one another state_dir and port",
                 param="state_dir",
             )
-        yield Held(descriptor)
-    finally:
-        os.close(descriptor)
+        yield Held(path)
 
 
 def running(state: Path) -> Instance | None:
     """The daemon that holds this state folder; None if there is none. Changes nothing. Raises OSError."""
-    try:
-        descriptor = os.open(state / LOCK_FILE, os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        return None if _locked(descriptor) else _noted(descriptor) or Instance(0)
-    finally:
-        os.close(descriptor)
+    path = state / LOCK_FILE
+    return (_noted(path) or Instance(0)) if is_held(path) else None
 
 
-def _noted(descriptor: int) -> Instance | None:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    try:
-        return msgspec.json.decode(os.read(descriptor, MAX_NOTE), type=Instance)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _locked(descriptor: int) -> bool:
-        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _locked(descriptor: int) -> bool:
-        """Whether it is now ours: never waits."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+def _noted(file: Path) -> Instance | None:
+    with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError), file.open("rb") as stream:
+        return msgspec.json.decode(stream.read(MAX_NOTE), type=Instance)
+    return None
