@@ -34,6 +34,11 @@ class ToolFormat:
     pythonic: bool = False
     key: str = "arguments"
 
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """All that may be a token of its own."""
+        return (*self.starts, *self.ends, *(("[ARGS]", "[CALL_ID]") if self.named else ()))
+
 
 HERMES = ToolFormat("hermes", ("<tool_call>",), ("</tool_call>",))
 LLAMA = ToolFormat("llama", ("<|python_tag|>",), ("<|eom_id|>",), bare=True, key="parameters")

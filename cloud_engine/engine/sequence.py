@@ -14,7 +14,7 @@ Ending = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class Guide(Protocol):
-    """What an answer must look like, as far as it has come: see `cloud_engine.engine.grammar`."""
+    """What an answer must look like, as far as it has come: see `shared.guides`."""
 
     def mask(self) -> bytes:
         """The tokens that may come next, bit i % 8 of byte i // 8."""

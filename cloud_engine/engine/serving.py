@@ -19,11 +19,9 @@ from pathlib import Path
 from cloud_engine.engine.build import build
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine, EngineStats, Output
-from cloud_engine.engine.grammar import GrammarCompiler, Guide
 from cloud_engine.engine.places import Places
 from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.stream import TextStream
-from cloud_engine.engine.tool_grammar import tool_grammar
 from cloud_engine.engine.vectors import VectorRequests
 from cloud_engine.model.tokenizer import Tokenizer
 from shared.embeddings import EmbeddingRequest, Embeddings
@@ -36,12 +34,11 @@ from shared.errors import (
     Overloaded,
     UpstreamFailed,
 )
+from shared.guides import COMPILE_S, Guide, Guides
 from shared.schemas import ChatRequest, Delta, ModelCard
 from shared.tool_formats import ToolReader
 
 ENCODE_TIMEOUT_S = 20.0
-GRAMMAR_TIMEOUT_S = 30.0
-MAX_COMPILING = 32
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -70,9 +67,7 @@ class EngineAnswer:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._encoding, self._arrivals = Places(engine.config.max_waiting), Places(engine.config.max_waiting)
-        self._grammars = GrammarCompiler(tokenizer.to_json(), tokenizer.stop_ids)
-        self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-        self._compiling = 0
+        self._guides = Guides(tokenizer.vocabulary, "cloud")
         self._ids = itertools.count()
         self._wake = threading.Condition()
         self._arriving: deque[_Live] = deque()
@@ -110,8 +105,7 @@ class EngineAnswer:
         else:
             self._engine.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
-        self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._grammars.close()
+        self._guides.close()
 
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
@@ -184,22 +178,14 @@ class EngineAnswer:
         return self._tokenizer.encode_chat(request.messages, () if request.tool_choice == "none" else request.tools)
 
     async def _guide(self, request: ChatRequest) -> Guide | None:
-        """Compile off the loop and off the engine's thread, one at a time, with limits like those of `_encode`."""
-        tokenizer = self._tokenizer
-        grammar = request.grammar or tool_grammar(request, tokenizer.tool_format, tokenizer.markers)
-        if grammar is None:
+        compiling = self._guides.guide(request, self._tokenizer.tool_format)
+        if compiling is None:
             return None
-        if self._compiling >= MAX_COMPILING:
-            raise Overloaded(f"{self._compiling} grammars are waiting to be compiled", retry_after=1.0)
-        self._compiling += 1
         try:
-            loop = asyncio.get_running_loop()
-            async with asyncio.timeout(GRAMMAR_TIMEOUT_S):
-                return await loop.run_in_executor(self._compiler, self._grammars.guide, grammar)
+            async with asyncio.timeout(COMPILE_S):
+                return await asyncio.wrap_future(compiling)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the grammar was not compiled in {GRAMMAR_TIMEOUT_S:.0f} s") from error
-        finally:
-            self._compiling -= 1
+            raise DeadlineExceeded(f"the grammar was not compiled in {COMPILE_S:g} s") from error
 
     def _submit(self, live: _Live) -> None:
         with self._wake:

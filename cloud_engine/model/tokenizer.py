@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import BadRequest
 from shared.gguf import ModelInvalid
+from shared.guides import Vocabulary
 from shared.schemas import Message, Tool
 from shared.tool_formats import format_of
 from shared.tool_prompts import prepared
@@ -41,7 +42,7 @@ class Tokenizer:
         self.markers = {
             token: added.content.encode()
             for token, added in self._inner.added_tokens_decoder.items()
-            if added.content in (*self.tool_format.starts, *self.tool_format.ends, "[ARGS]", "[CALL_ID]")
+            if added.content in self.tool_format.markers
         }
         """Tokens that are markers of a tool's call, and their spelling: as text they may be nothing."""
 
@@ -64,9 +65,16 @@ class Tokenizer:
             raise BadRequest("the model's chat template does not accept these messages", param="messages") from error
         return list(self._inner.encode(text, add_special_tokens=False))
 
-    def to_json(self) -> str:
-        """What `tokenizer.json` holds: all that another library needs to know of the vocabulary."""
-        return str(self._inner.backend_tokenizer.to_str())
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All that a grammar needs to know of it: here control tokens are spelled too."""
+        added = self._inner.added_tokens_decoder.items()
+        spelled = {token: one.content.encode() for token, one in added if one.special or token in self.markers}
+        pieces = [spelled.get(token, piece) for token, piece in enumerate(self._bytes)]
+        spell = self._inner.backend_tokenizer
+        return Vocabulary(
+            pieces, spelled.keys(), self.stop_ids, lambda text: spell.encode(text, add_special_tokens=False).ids
+        )
 
     def least_tokens(self, characters: int) -> int:
         """A lower bound, without work, on the tokens that so many characters of text make."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_agent.backends.sampling import Ids, Sampler
 from edge_agent.backends.text import TextStream
-from shared.errors import CausewayError, UpstreamFailed
+from shared.errors import BadRequest, CausewayError, UpstreamFailed
 from shared.schemas import Delta
 
 STEP_S = 0.25
@@ -181,10 +181,11 @@ class Batcher:
         job = slot.job
         if job is None:
             return
-        sampled = job.sampler.pick(row)
-        if sampled is None:
-            events.append((job, UpstreamFailed("the model computed no finite number", source="edge")))
-            self._release(slot, computed=False)
+        try:
+            sampled = job.sampler.pick(row)
+        except CausewayError as error:
+            events.append((job, error))
+            self._release(slot, computed=isinstance(error, BadRequest))
             return
         slot.tokens[slot.end] = sampled.token
         slot.end += 1

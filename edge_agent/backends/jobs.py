@@ -1,15 +1,19 @@
 """A request as a job of the batcher: templated, tokenized, refused if it cannot be done. In the model's process."""
 
 import secrets
+from concurrent.futures import Future
+from functools import partial
 
 from edge_agent.backends.batch import Job
 from edge_agent.backends.native import Native
 from edge_agent.backends.sampling import Ids, Sampler
+from edge_agent.backends.spelling import Spelling
 from edge_agent.backends.template import ChatTemplate
 from edge_agent.backends.text import TextStream
-from shared.errors import BadRequest, ContextTooLong, UnsupportedParameter
+from shared.errors import BadRequest, ContextTooLong
+from shared.guides import Guide, Guides
 from shared.schemas import SEED_BITS, ChatRequest
-from shared.tool_formats import ToolReader
+from shared.tool_formats import HERMES, ToolReader
 
 
 class Jobs:
@@ -21,11 +25,22 @@ class Jobs:
         self._bos = native.special("bos")
         source = native.chat_template
         self._template = None if source is None else ChatTemplate(source, bos=self._bos, eos=native.special("eos"))
+        self._spelling = Spelling(
+            native.pieces,
+            native.control,
+            native.ends,
+            partial(native.tokenize, add_special=False, parse_special=False),
+            HERMES if self._template is None else self._template.tool_format,
+        )
+        self._guides = Guides(self._spelling.vocabulary, "edge")
+
+    def guide(self, request: ChatRequest) -> "Future[Guide] | None":
+        """See `Guides.guide`."""
+        return self._guides.guide(request, self._spelling.format)
 
     def tokens(self, request: ChatRequest) -> Ids:
         """Of the whole templated prompt. Raises BadRequest; a text that cannot fit whatever its tokens are is
         ContextTooLong."""
-        _refuse_unsupported(request)
         native, field = self._native, "messages" if request.messages else "prompt"
         text, special = request.prompt, True
         if text is None:
@@ -45,7 +60,7 @@ class Jobs:
             raise BadRequest("the prompt has no tokens", param=field)
         return tokens
 
-    def job(self, number: int, request: ChatRequest) -> Job:
+    def job(self, number: int, request: ChatRequest, guide: Guide | None) -> Job:
         """Raises BadRequest, ContextTooLong."""
         native, sampling = self._native, request.sampling
         prompt = self.tokens(request)
@@ -60,9 +75,11 @@ class Jobs:
         return Job(
             number=number,
             prompt=prompt,
-            sampler=Sampler(sampling, prompt, native.vocabulary, seed=secrets.randbits(SEED_BITS)),
+            sampler=Sampler(
+                sampling, prompt, native.vocabulary, secrets.randbits(SEED_BITS), ends=native.ends, guide=guide
+            ),
             text=TextStream(
-                native.pieces,
+                self._spelling.of(request),
                 native.ends,
                 sampling,
                 prompt_tokens=len(prompt),
@@ -76,18 +93,3 @@ class Jobs:
         if not names or self._template is None:
             return None
         return ToolReader(self._template.tool_format, names, request.id, parallel=request.parallel_tool_calls)
-
-
-def _refuse_unsupported(request: ChatRequest) -> None:
-    """What would change the answer and is not done on this side is refused by name."""
-    sampling = request.sampling
-    asked = {
-        "grammar": request.grammar is not None,
-        "tool_choice": bool(request.calling) and request.tool_choice == "required",
-        "strict": any(tool.strict for tool in request.calling),
-        "logit_bias": bool(sampling.logit_bias),
-        "min_tokens": bool(sampling.min_tokens),
-        "stop_token_ids": bool(sampling.stop_token_ids),
-    }
-    for name in (name for name, given in asked.items() if given):
-        raise UnsupportedParameter(f"the model on this device knows no {name}", param=name, source="edge")

@@ -66,6 +66,7 @@ class Native:
         self.ends = frozenset(
             token for token in range(self.vocabulary) if self._api.llama_vocab_is_eog(self._vocab, token)
         )
+        self.control = frozenset(filter(self._is_control, range(self.vocabulary)))
         self.longest_piece = max(map(len, self.pieces))
         self._logits_at = 0
         self._logits = np.empty((0, self.vocabulary), np.float32)
@@ -81,8 +82,9 @@ class Native:
         token = int(getattr(self._api, f"llama_vocab_{name}")(self._vocab))
         return self.pieces[token].decode("utf-8", errors="replace") if 0 <= token < self.vocabulary else ""
 
-    def tokenize(self, text: str, *, add_special: bool) -> Ids:
-        """Special tokens spelled out in the text count as such. May be called from any thread, at any time."""
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> Ids:
+        """With `parse_special`, control tokens spelled out in the text count as such. May be called from any thread, at
+        any time."""
         data = text.encode("utf-8", errors="replace")
         room = len(data) + 8
         tokens = np.empty(room, np.int32)
@@ -90,10 +92,18 @@ class Native:
         with self._tokenizing:
             if self._model is None:
                 raise UpstreamFailed("the local model is closed", source="edge")
-            count = self._api.llama_tokenize(self._vocab, data, len(data), target, room, add_special, True)
+            count = self._api.llama_tokenize(self._vocab, data, len(data), target, room, add_special, parse_special)
         if count < 0:
             raise RuntimeError(f"llama_tokenize wants room for {-count} tokens of {len(data)} bytes")
         return tokens[:count].copy()
+
+    def _is_control(self, token: int) -> bool:
+        """Whether no text spells it: a control token, or one of the user's own that looks like one."""
+        kind = int(self._api.llama_vocab_get_attr(self._vocab, token))
+        if kind & (self._api.LLAMA_TOKEN_ATTR_CONTROL | self._api.LLAMA_TOKEN_ATTR_UNKNOWN):
+            return True
+        piece = self.pieces[token]
+        return bool(kind & self._api.LLAMA_TOKEN_ATTR_USER_DEFINED) and piece[:1] == b"<" and piece[-1:] == b">"
 
     def decode(self, count: int) -> bool:
         """Run the first `count` rows of the batch through the model; False if it could not."""

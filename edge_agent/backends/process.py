@@ -3,7 +3,7 @@
 Its standard input is one end of a socket pair; frames of `pipe.py` come and go there until the daemon says Stop or is
 gone. It knows no secret, opens nothing but the model, and native code may crash in it: the daemon starts another.
 
-main thread: frames in -> two threads: template and tokens -> Worker: steps -> one frame a step out
+main thread: frames in -> a thread: grammars -> two threads: template and tokens -> Worker: steps -> a frame a step out
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -45,6 +45,7 @@ from edge_agent.backends.pipe import (
 )  # fmt: skip
 from edge_agent.backends.worker import Worker
 from shared.errors import BadFrame, CausewayError, Internal
+from shared.guides import Guide
 from shared.schemas import ChatRequest, Delta
 
 READ = 1 << 18
@@ -89,8 +90,10 @@ class ModelProcess:
         elif isinstance(frame, Ask | Count) and self._jobs is not None:
             with self._entering:
                 self._asked[frame.number] = None
-            work = self._ask if isinstance(frame, Ask) else self._count
-            self._prompts.submit(self._guarded, work, self._jobs, frame.number, frame.request)
+            if isinstance(frame, Ask):
+                self._guide(self._jobs, frame.number, frame.request)
+            else:
+                self._start(self._count, self._jobs, frame.number, frame.request)
         else:
             raise BadFrame(f"{type(frame).__name__} came out of turn")
 
@@ -118,6 +121,22 @@ class ModelProcess:
             return
         self._send(Ready(result.context_length))
 
+    def _guide(self, jobs: Jobs, number: int, request: ChatRequest) -> None:
+        """Compile its grammar, if it has one, before anything else, where no other request's prompt waits for it."""
+        try:
+            compiling = jobs.guide(request)
+        except CausewayError as error:
+            self._refuse(number, error)
+            return
+        work = partial(self._ask, compiling=compiling)
+        if compiling is None:
+            self._start(work, jobs, number, request)
+        else:
+            compiling.add_done_callback(lambda _: self._start(work, jobs, number, request))
+
+    def _start(self, work: Callable[..., None], jobs: Jobs, number: int, request: ChatRequest) -> None:
+        self._prompts.submit(self._guarded, work, jobs, number, request)
+
     def _guarded(self, work: Callable[..., None], jobs: Jobs, number: int, request: ChatRequest) -> None:
         """A request's way to its tokens, in a thread of its own; whatever goes wrong there is this request's error."""
         with self._entering:
@@ -135,8 +154,8 @@ class ModelProcess:
         finally:
             del self._prompts_since[number]
 
-    def _ask(self, jobs: Jobs, number: int, request: ChatRequest) -> None:
-        job = jobs.job(number, request)
+    def _ask(self, jobs: Jobs, number: int, request: ChatRequest, *, compiling: "Future[Guide] | None") -> None:
+        job = jobs.job(number, request, None if compiling is None else compiling.result())
         self._send(Held(number, False))
         with self._entering:
             if number not in self._asked or self._worker is None:

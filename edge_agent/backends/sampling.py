@@ -1,15 +1,20 @@
 """The next token of one request, from its row of logits; what each field means is said in shared.schemas.Sampling.
 
-A draw depends on the seed and the token's position alone, never on what was drawn before or on the batch around it.
+Order: penalties, biases, what may not be drawn at all, temperature, top-k, top-p, min-p, draw. A draw depends on the
+seed and the token's position alone, never on what was drawn before or on the batch around it.
 """
 
 import hashlib
+import math
 import struct
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import BadRequest, UpstreamFailed
+from shared.guides import Guide
 from shared.schemas import Sampling
 
 Floats = NDArray[np.float32]
@@ -19,44 +24,83 @@ Wide = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A token, and if asked for its log probability and the likeliest tokens (id, log probability), best first."""
+    """A token, and if asked for its log probability and the likeliest tokens (id, log probability), best first. `last`:
+    by its grammar the answer is complete."""
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    last: bool = False
 
 
 class Sampler:
-    """Of one request. `prompt` and what was sampled so far feed the penalties."""
+    """Of one request. `prompt` and what was sampled so far feed the penalties; `ends` are the tokens that end the
+    model's answers; `guide` is this answer's own. Raises BadRequest if a token id is none of the `vocabulary`."""
 
-    def __init__(self, sampling: Sampling, prompt: Ids, vocabulary: int, seed: int) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Ids,
+        vocabulary: int,
+        seed: int,
+        *,
+        ends: Set[int] = frozenset(),
+        guide: Guide | None = None,
+    ) -> None:
+        _check_ids(sampling, vocabulary)
         self._sampling = sampling
+        self._guide = guide
         self._seed = seed if sampling.seed is None else sampling.seed
         self._position = len(prompt)
-        self._scales = sampling.repetition_penalty != 1
+        self._first_end = len(prompt) + sampling.min_tokens
+        self._barred = np.array(sorted({*ends, *sampling.stop_token_ids}), np.int64)
+        self._biased = np.array([*sampling.logit_bias], np.int64)
+        self._biases = np.array([*sampling.logit_bias.values()], np.float32)
         self._counts: NDArray[np.int64] | None = None
         self._seen: NDArray[np.bool_] | None = None
         if sampling.presence_penalty or sampling.frequency_penalty:
             self._counts = np.zeros(vocabulary, np.int64)
-        if self._scales:
+        if sampling.repetition_penalty != 1:
             self._seen = np.zeros(vocabulary, np.bool_)
             self._seen[prompt] = True
 
-    def pick(self, row: Floats) -> Sampled | None:
-        """The next token from logits [vocabulary], which are changed in place; None if they are not finite."""
+    def pick(self, row: Floats) -> Sampled:
+        """The next token from logits [vocabulary], which are changed in place. Raises UpstreamFailed if none that may
+        be drawn has a finite one, BadRequest if the grammar has become too complex."""
         self._penalise(row)
+        self._restrict(row)
         best = int(row.argmax())
         if not np.isfinite(row[best]):
-            return None
+            raise UpstreamFailed("the model computed no finite number", source="edge")
         token = best if self._sampling.temperature == 0 else self._draw(row, float(row[best]))
+        last = self.learn(token)
+        if self._sampling.logprobs is None:
+            return Sampled(token, last=last)
+        return _with_logprobs(row, token, best, self._sampling.logprobs, last=last)
+
+    def learn(self, token: int) -> bool:
+        """The token is the answer's next; says whether by its grammar the answer is complete."""
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:
             self._counts[token] += 1
         self._position += 1
-        if self._sampling.logprobs is None:
-            return Sampled(token)
-        return _with_logprobs(row, token, best, self._sampling.logprobs)
+        return self._guide is not None and self._guide.take(token)
+
+    def _restrict(self, row: Floats) -> None:
+        """Biases, and minus infinity for what may not be drawn. A grammar knows itself where an answer may end."""
+        if len(self._biased):
+            row[self._biased] += self._biases
+        if self._guide is None:
+            if self._position < self._first_end:
+                row[self._barred] = -math.inf
+            return
+        mask = np.frombuffer(self._guide.mask(), np.uint8)
+        if self._guide.failed:
+            raise BadRequest("the grammar has too many states to follow this answer", param="grammar", source="edge")
+        allowed = np.unpackbits(mask, bitorder="little")[: len(row)].view(np.bool_)
+        row[len(allowed) :] = -math.inf
+        row[: len(allowed)][~allowed] = -math.inf
 
     def _penalise(self, row: Floats) -> None:
         """Repetition counts prompt and output and scales; presence and frequency count output and subtract."""
@@ -93,9 +137,10 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _top(row: Floats, count: int) -> NDArray[np.intp]:
-    """Ids of the `count` highest logits, in order of id."""
-    ids: NDArray[np.intp] = np.sort(row.argpartition(-count)[-count:])
-    return ids
+    """Ids of the `count` highest logits, in order of id; of equal ones the lowest ids."""
+    least = row[row.argpartition(-count)[-count]]
+    above, equal = np.flatnonzero(row > least), np.flatnonzero(row == least)
+    return np.sort(np.concatenate([above, equal[: count - len(above)]]))
 
 
 def _nucleus(ids: NDArray[np.intp], weights: Wide, top_p: float) -> tuple[NDArray[np.intp], Wide]:
@@ -110,11 +155,16 @@ def _nucleus(ids: NDArray[np.intp], weights: Wide, top_p: float) -> tuple[NDArra
     return ids[kept], weights[kept]
 
 
-def _with_logprobs(row: Floats, token: int, best: int, count: int) -> Sampled:
+def _check_ids(sampling: Sampling, vocabulary: int) -> None:
+    for param, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        if any(token >= vocabulary for token in ids):
+            raise BadRequest(f"a token id is outside 0 to {vocabulary - 1}", param=param, source="edge")
+
+
+def _with_logprobs(row: Floats, token: int, best: int, count: int, *, last: bool) -> Sampled:
     shifted = row.astype(np.float64) - float(row[best])
     norm = float(np.log(np.exp(shifted).sum()))
     likeliest = _top(row, count) if count else np.empty(0, np.intp)
     likeliest = likeliest[np.argsort(-shifted[likeliest], kind="stable")]
-    return Sampled(
-        token, float(shifted[token]) - norm, tuple((int(index), float(shifted[index]) - norm) for index in likeliest)
-    )
+    top = tuple((int(index), float(shifted[index]) - norm) for index in likeliest)
+    return Sampled(token, float(shifted[token]) - norm, top, last)

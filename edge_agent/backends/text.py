@@ -31,7 +31,8 @@ class TextStream:
         self._tools = tools
         self.cached_tokens = 0
         self._pieces = pieces
-        self._ends: Set[int] = frozenset() if sampling.ignore_eos else ends
+        self._ends = frozenset(sampling.stop_token_ids).union(() if sampling.ignore_eos else ends)
+        self._hidden = self._ends | ends
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._scanner = StopScanner(sampling.stop)
         self._prompt_tokens = prompt_tokens
@@ -45,9 +46,9 @@ class TextStream:
         self._pending += 1
         text = ""
         ending: Ending | None = "length" if self._total >= self._max_tokens else None
-        if sampled.token in self._ends:
+        if sampled.last or sampled.token in self._ends:
             ending = "stop"
-        else:
+        if sampled.token not in (self._hidden if sampled.last else self._ends):
             text = self._scanner.push(self._characters.decode(self._pieces[sampled.token]))
             if sampled.logprob is not None:
                 self._logprobs.append(self._logprob(sampled, sampled.logprob))

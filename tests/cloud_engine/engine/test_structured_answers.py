@@ -8,7 +8,7 @@ import pytest
 import tiny_llama
 from tiny_serving import collect, idle, request, serving_tiny
 
-from cloud_engine.engine import serving
+from shared import guides
 from shared.errors import BadRequest, Overloaded
 from shared.schemas import Grammar, Sampling
 
@@ -107,7 +107,7 @@ async def test_a_grammar_that_does_not_compile_hurts_nobody(tiny_model):
 
 async def test_the_wait_for_the_compiler_is_bounded(tiny_model, monkeypatch):
     """S-41: more grammars than may wait are refused as overload at once."""
-    monkeypatch.setattr(serving, "MAX_COMPILING", 2)
+    monkeypatch.setattr(guides, "MAX_COMPILING", 2)
     async with serving_tiny(tiny_model) as answer:
         results = await asyncio.gather(
             *(

@@ -239,7 +239,8 @@ def test_a_row_without_a_finite_number_ends_one_request(monkeypatch: pytest.Monk
     bad, good = Client([1] * 8, 5), Client([2] * 8, 5)
     batcher.admit(bad.job)
     batcher.admit(good.job)
-    monkeypatch.setattr(bad.job.sampler, "pick", lambda row: None)
+    pick = bad.job.sampler.pick
+    monkeypatch.setattr(bad.job.sampler, "pick", lambda row: pick(np.full_like(row, np.nan)))
     finish(batcher)
 
     (error,) = bad.events

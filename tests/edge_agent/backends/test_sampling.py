@@ -1,13 +1,19 @@
 """The next token: what each field of Sampling does to a row of logits."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud_engine.engine.draw import Draw
+from cloud_engine.engine.sampler import FAILED
+from cloud_engine.engine.sampler import sample as in_the_cloud
 from edge_agent.backends.sampling import Sampled, Sampler, uniform
+from shared.errors import BadRequest, UpstreamFailed
 from shared.schemas import Sampling
 
 PROMPT = np.array([0, 1], np.int32)
@@ -18,16 +24,12 @@ def draws(logits: list[float], count: int = 400, **fields: object) -> list[int]:
     found = []
     for seed in range(count):
         sampler = Sampler(Sampling(seed=seed, **fields), PROMPT, len(logits), 0)  # type: ignore[arg-type]
-        sampled = sampler.pick(np.array(logits, np.float32))
-        assert sampled is not None
-        found.append(sampled.token)
+        found.append(pick(sampler, logits).token)
     return found
 
 
 def pick(sampler: Sampler, logits: list[float]) -> Sampled:
-    sampled = sampler.pick(np.array(logits, np.float32))
-    assert sampled is not None
-    return sampled
+    return sampler.pick(np.array(logits, np.float32))
 
 
 def test_temperature_zero_is_the_argmax() -> None:
@@ -117,5 +119,103 @@ def test_log_probabilities_are_of_the_penalised_logits_before_temperature() -> N
 
 @pytest.mark.parametrize("logits", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
 def test_a_row_without_a_sensible_best_is_refused(logits: list[float]) -> None:
-    """Nothing can be drawn from it."""
-    assert Sampler(Sampling(), PROMPT[:0], 2, 0).pick(np.array(logits, np.float32)) is None
+    """S-42: nothing can be drawn from it, which is a typed error of this request."""
+    with pytest.raises(UpstreamFailed, match="finite"):
+        pick(Sampler(Sampling(), PROMPT[:0], 2, 0), logits)
+
+
+def test_a_bias_may_decide_and_forbid() -> None:
+    """It is added after the penalties and before the log probabilities are taken."""
+    assert set(draws([0, 0, 0], 50, temperature=0, logit_bias={2: 1.0})) == {2}
+    assert set(draws([0, 0, 0], 200, logit_bias={0: -100.0})) == {1, 2}
+    sampled = pick(Sampler(Sampling(logit_bias={0: math.log(3)}, logprobs=1), PROMPT, 2, 0), [0.0, 0.0])
+    assert dict(sampled.top) == {0: pytest.approx(math.log(0.75))}
+
+
+def test_no_end_comes_before_min_tokens() -> None:
+    """Neither the model's own nor the caller's, however likely; then either may."""
+    sampling = Sampling(temperature=0, min_tokens=2, stop_token_ids=(1,))
+    sampler = Sampler(sampling, PROMPT, 4, 0, ends={0})
+
+    assert [pick(sampler, [9.0, 8.0, 0.0, 1.0]).token for _ in range(3)] == [3, 3, 0]
+
+
+@pytest.mark.parametrize("fields", [{"logit_bias": {4: 1.0}}, {"stop_token_ids": (4,)}])
+def test_a_token_that_the_model_does_not_have_is_refused(fields: dict[str, Any]) -> None:
+    """S-42: by the name of the field, before any logit is touched."""
+    with pytest.raises(BadRequest) as refused:
+        Sampler(Sampling(**fields), PROMPT, 4, 0)
+    assert (refused.value.param, refused.value.source) == (next(iter(fields)), "edge")
+
+
+def in_cloud(logits: list[float], sampling: Sampling, output: list[int], *, ends: tuple[int, ...], mask: bytes | None):
+    tokens = [*PROMPT.tolist(), *output]
+    early = mask is None and len(output) < sampling.min_tokens
+    barred = (*ends, *sampling.stop_token_ids) if early else ()
+    one = Draw(sampling, sampling.seed or 0, len(tokens), tokens, len(PROMPT), barred=barred, mask=mask)
+    [sampled] = in_the_cloud(torch.tensor([logits]), [one])
+    return sampled
+
+
+class Mask:
+    """A guide that always permits the same."""
+
+    failed = False
+
+    def __init__(self, allowed: set[int], size: int) -> None:
+        bits = np.zeros(size, np.uint8)
+        bits[[*allowed]] = 1
+        self.bits = np.packbits(bits, bitorder="little").tobytes()
+
+    def mask(self) -> bytes:
+        return self.bits
+
+    def take(self, token: int) -> bool:
+        return False
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 1e-6, 0.7, 2.0]),
+    top_k=st.integers(0, 8),
+    top_p=st.sampled_from([1.0, 0.93, 0.37]),
+    min_p=st.sampled_from([0.0, 0.2]),
+    presence_penalty=st.sampled_from([0.0, 1.5, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.5]),
+    seed=st.integers(-(1 << 63), (1 << 63) - 1),
+    logprobs=st.sampled_from([None, 0, 3]),
+    min_tokens=st.integers(0, 3),
+    stop_token_ids=st.sampled_from([(), (3,)]),
+    logit_bias=st.dictionaries(st.integers(0, 11), st.sampled_from([-100.0, 2.5, 100.0]), max_size=3),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(-40, 40).map(lambda value: value / 4), min_size=12, max_size=12),
+    samplings,
+    st.lists(st.integers(0, 11), max_size=5),
+    st.none() | st.sets(st.integers(0, 11), min_size=1),
+)
+def test_both_ends_draw_the_same_token(
+    logits: list[float], sampling: Sampling, output: list[int], allowed: set[int] | None
+) -> None:
+    """S-42: every mode with every penalty, bias, bar and mask: the cloud's sampler is the oracle, to the token; the log
+    probabilities agree to float32."""
+    guide = None if allowed is None else Mask(allowed, 12)
+    sampler = Sampler(sampling, PROMPT, 12, 0, ends={7}, guide=guide)  # type: ignore[arg-type]
+    for token in output:
+        sampler.learn(token)
+
+    expected = in_cloud(logits, sampling, output, ends=(7,), mask=None if guide is None else guide.mask())
+    if expected.token == FAILED:
+        with pytest.raises(UpstreamFailed):
+            pick(sampler, logits)
+        return
+    got = pick(sampler, logits)
+
+    assert got.token == expected.token
+    assert got.logprob == (None if expected.logprob is None else pytest.approx(expected.logprob, abs=1e-4))
+    finite = [value for _, value in expected.top if math.isfinite(value)]
+    assert [value for _, value in got.top if math.isfinite(value)] == pytest.approx(finite, abs=1e-4)

@@ -11,20 +11,26 @@ from shared.schemas import ChatRequest, Tool
 from shared.tool_formats import ToolFormat
 
 
-def tool_grammar(request: ChatRequest, format_: ToolFormat, markers: Mapping[int, bytes]) -> str | None:
-    """None if the answer is free: it may call nothing, or may call and no tool is strict."""
+def is_forced(request: ChatRequest) -> bool:
+    """False if the answer is free: it may call nothing, or may call and no tool is strict."""
+    return any(request.tool_choice == "required" or tool.strict for tool in request.calling)
+
+
+def tool_grammar(request: ChatRequest, format_: ToolFormat, markers: Mapping[str, int]) -> str:
+    """Of an answer that is not free. `markers` are the family's that are tokens of their own."""
     tools = request.calling
     required = request.tool_choice == "required"
-    if not tools or not (required or any(tool.strict for tool in tools)):
-        return None
-    tokens = {spelled.decode(): token for token, spelled in markers.items()}
     start = format_.starts[0]
     end = format_.ends[0] if format_.ends and (not format_.bare or format_.pythonic) else ""
     several = "call+" if request.parallel_tool_calls else "call"
-    lines = [f"calls: {several}", f"call: {_marker(start, tokens)} inner", f"inner: WS body WS {_marker(end, tokens)}"]
+    lines = [
+        f"calls: {several}",
+        f"call: {_marker(start, markers)} inner",
+        f"inner: WS body WS {_marker(end, markers)}",
+    ]
     if required:
         lines.insert(0, "start: calls")
-    elif start in tokens:
+    elif start in markers:
         lines[:0] = ["start: (said call)* TEXT", "said: TEXT"]
     else:
         lines[:0] = ["start: (told inner)* TEXT", f"told[lazy]: TEXT {_text(start)}"]
@@ -42,8 +48,8 @@ def _rule(at: int, tool: Tool, format_: ToolFormat, *, strict: bool) -> str:
     return f"tool_{at}: {_text(head)} args_{at} {_text('}')}\nargs_{at}: %json {json.dumps(schema)}"
 
 
-def _marker(text: str, tokens: Mapping[str, int]) -> str:
-    return f"<[{tokens[text]}]>" if text in tokens else _text(text)
+def _marker(text: str, markers: Mapping[str, int]) -> str:
+    return f"<[{markers[text]}]>" if text in markers else _text(text)
 
 
 def _text(text: str) -> str:

@@ -11,16 +11,21 @@ import os
 import select
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from cloud_engine.engine import grammar_trial
-from shared.errors import BadRequest, Overloaded
-from shared.schemas import Grammar
+from shared import grammar_trial
+from shared.errors import BadRequest, Overloaded, Source, UnsupportedParameter
+from shared.schemas import ChatRequest, Grammar
+from shared.tool_formats import ToolFormat
+from shared.tool_grammar import is_forced, tool_grammar
 
 MAX_COMPILED = 64
 LIMITS: dict[str, Any] = {
@@ -36,6 +41,30 @@ LIMITS: dict[str, Any] = {
 START_S = 60.0
 TRIAL_S = 10.0
 """Of wall time, after which a trial is killed: generous, since the machine may be busy."""
+COMPILE_S = 30.0
+"""How long to wait for a guide, those before it in the queue included."""
+MAX_COMPILING = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a grammar needs to know of a model's tokens: the bytes of each, by id; which of them no text spells, so that
+    only a grammar that names one permits it; which end an answer; and how the model spells a text."""
+
+    pieces: Sequence[bytes]
+    special: Collection[int]
+    ends: Collection[int]
+    tokenize: grammar_trial.Tokenize
+
+    def described(self) -> dict[str, Any]:
+        """As JSON can carry it; see `grammar_trial.read_tokenizer`."""
+        pieces = [piece.decode("latin-1") for piece in self.pieces]
+        return {"pieces": pieces, "special": sorted(self.special), "ends": sorted(self.ends)}
+
+    def markers(self, format_: ToolFormat) -> dict[str, int]:
+        """Those of a family's markers that are special tokens, by their spelling."""
+        spelled = {self.pieces[token].decode(errors="replace"): token for token in self.special}
+        return {text: spelled[text] for text in (*format_.starts, *format_.ends) if text in spelled}
 
 
 class Guide:
@@ -61,11 +90,11 @@ class Guide:
 
 
 class GrammarCompiler:
-    """Grammar to Guide, remembering the latest. Owned by one thread. `tokenizer` is tokenizer.json as text."""
+    """Grammar to Guide, remembering the latest. Owned by one thread. `source` is who refuses."""
 
-    def __init__(self, tokenizer: str, ends: Iterable[int], *, trial_s: float = TRIAL_S) -> None:
-        self._json, self._ends = tokenizer, sorted(ends)
-        self._trial = _Trial(json.dumps({"tokenizer": tokenizer, "ends": self._ends, "limits": LIMITS}), trial_s)
+    def __init__(self, vocabulary: Vocabulary, source: Source, *, trial_s: float = TRIAL_S) -> None:
+        self._vocabulary, self._source = vocabulary, source
+        self._trial = _Trial(vocabulary, source, trial_s)
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar | str, LLMatcher] = OrderedDict()
 
@@ -92,24 +121,62 @@ class GrammarCompiler:
         self._trial.kill()
 
     def _compile(self, grammar: Grammar | str) -> LLMatcher:
-        source = _source(grammar)
-        wrong = self._trial.run(source)
+        param = "tools" if isinstance(grammar, str) else "grammar"
+        if not self._vocabulary.ends:
+            raise UnsupportedParameter(
+                "this model has no token to end an answer with", param=param, source=self._source
+            )
+        text = _source(grammar)
+        wrong = self._trial.run(text)
         if not wrong:
-            self._tokenizer = self._tokenizer or LLTokenizer(self._json, eos_token=self._ends)
-            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS))
+            self._tokenizer = self._tokenizer or grammar_trial.read_tokenizer(
+                self._vocabulary.described(), self._vocabulary.tokenize
+            )
+            matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(**LIMITS))
             if not matcher.is_error():
                 return matcher
             wrong = "it is too complex"
-        param = "tools" if isinstance(grammar, str) else "grammar"
-        raise BadRequest(f"the grammar cannot be used: {_printable(wrong)}", param=param, source="cloud")
+        raise BadRequest(f"the grammar cannot be used: {_printable(wrong)}", param=param, source=self._source)
+
+
+class Guides:
+    """The guides of one server's answers, compiled one at a time on a thread of their own, for which so many may wait.
+    May be used from any thread."""
+
+    def __init__(self, vocabulary: Vocabulary, source: Source) -> None:
+        self._vocabulary, self._source = vocabulary, source
+        self._compiler = GrammarCompiler(vocabulary, source)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._places = threading.BoundedSemaphore(MAX_COMPILING)
+
+    def guide(self, request: ChatRequest, format_: ToolFormat) -> "Future[Guide] | None":
+        """What the answer must look like by its grammar or its tools; None if it is free. Raises Overloaded; the future
+        raises it too, or BadRequest."""
+        if request.grammar is None and not is_forced(request):
+            return None
+        if not self._places.acquire(blocking=False):
+            raise Overloaded(
+                f"{MAX_COMPILING} grammars are waiting to be compiled", source=self._source, retry_after=1.0
+            )
+        compiling = self._thread.submit(self._compile, request, format_)
+        compiling.add_done_callback(lambda _: self._places.release())
+        return compiling
+
+    def _compile(self, request: ChatRequest, format_: ToolFormat) -> Guide:
+        grammar = request.grammar or tool_grammar(request, format_, self._vocabulary.markers(format_))
+        return self._compiler.guide(grammar)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._compiler.close()
 
 
 class _Trial:
     """The process that tries grammars out. It is started when first needed, and again after it had to be killed."""
 
-    def __init__(self, first: str, limit_s: float) -> None:
+    def __init__(self, vocabulary: Vocabulary, source: Source, limit_s: float) -> None:
         self.count = 0
-        self._first, self._limit_s = first, limit_s
+        self._vocabulary, self._source, self._limit_s = vocabulary, source, limit_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, source: str) -> str:
@@ -145,12 +212,12 @@ class _Trial:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
             )
             self._process = process
-            _tell(process, self._first)
+            _tell(process, json.dumps(self._vocabulary.described() | {"limits": LIMITS}))
             if _asked(process, "start: /a/", START_S) != "":
                 raise OSError("no trial could be held")
         except OSError as error:
             self.kill()
-            raise Overloaded("grammars cannot be tried out now", source="cloud", retry_after=5.0) from error
+            raise Overloaded("grammars cannot be tried out now", source=self._source, retry_after=5.0) from error
         return process
 
 

@@ -5,13 +5,14 @@ import pytest
 import tiny_llama
 import torch
 
-from cloud_engine.engine import grammar as grammars
 from cloud_engine.engine.draw import Draw
-from cloud_engine.engine.grammar import MAX_COMPILED, GrammarCompiler
 from cloud_engine.engine.sampler import sample
 from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.work import Work
+from cloud_engine.model.tokenizer import Tokenizer
+from shared import grammar_trial
 from shared.errors import BadRequest, Overloaded
+from shared.guides import MAX_COMPILED, GrammarCompiler, Vocabulary
 from shared.schemas import Grammar, Sampling
 
 END = 2
@@ -29,8 +30,13 @@ PERSON = json.dumps(
 
 
 @pytest.fixture(scope="module")
-def compiler():
-    made = GrammarCompiler(tiny_llama.tokenizer().backend_tokenizer.to_str(), {END, 0})
+def vocabulary(tmp_path_factory) -> Vocabulary:
+    return Tokenizer(tiny_llama.save(tmp_path_factory.mktemp("tiny"))).vocabulary
+
+
+@pytest.fixture(scope="module")
+def compiler(vocabulary):
+    made = GrammarCompiler(vocabulary, "cloud")
     yield made
     made.close()
 
@@ -169,7 +175,7 @@ def test_distinct_grammars_are_forgotten(compiler):
     assert compiler.trials == trials
 
 
-def test_a_trial_that_hangs_is_killed(monkeypatch, tmp_path):
+def test_a_trial_that_hangs_is_killed(vocabulary, monkeypatch, tmp_path):
     """S-41: a grammar that takes for ever is refused in bounded time, its process is gone, and the next one is fine."""
     stuck = tmp_path / "trial.py"
     stuck.write_text(
@@ -179,8 +185,8 @@ def test_a_trial_that_hangs_is_killed(monkeypatch, tmp_path):
         "    time.sleep(600 * ('bomb' in line))\n"
         "    print('', flush=True)\n"
     )
-    monkeypatch.setattr(grammars.grammar_trial, "__file__", str(stuck))
-    made = GrammarCompiler(tiny_llama.tokenizer().backend_tokenizer.to_str(), {END}, trial_s=0.5)
+    monkeypatch.setattr(grammar_trial, "__file__", str(stuck))
+    made = GrammarCompiler(vocabulary, "cloud", trial_s=0.5)
     try:
         made.guide(regex("a"))
         with pytest.raises(BadRequest, match="too much time"):
@@ -190,7 +196,7 @@ def test_a_trial_that_hangs_is_killed(monkeypatch, tmp_path):
         made.close()
 
 
-def test_a_trial_that_dies_is_a_refusal(monkeypatch, tmp_path):
+def test_a_trial_that_dies_is_a_refusal(vocabulary, monkeypatch, tmp_path):
     """S-41: a grammar that kills its trial is refused; if none can be started at all, that is said instead."""
     dying = tmp_path / "trial.py"
     dying.write_text(
@@ -200,12 +206,12 @@ def test_a_trial_that_dies_is_a_refusal(monkeypatch, tmp_path):
         "    'bomb' in line and sys.exit(1)\n"
         "    print('', flush=True)\n"
     )
-    monkeypatch.setattr(grammars.grammar_trial, "__file__", str(dying))
-    made = GrammarCompiler(tiny_llama.tokenizer().backend_tokenizer.to_str(), {END})
+    monkeypatch.setattr(grammar_trial, "__file__", str(dying))
+    made = GrammarCompiler(vocabulary, "cloud")
     with pytest.raises(BadRequest):
         made.guide(regex("bomb"))
     made.guide(regex("a"))
     made.close()
-    monkeypatch.setattr(grammars.grammar_trial, "__file__", str(tmp_path / "none.py"))
+    monkeypatch.setattr(grammar_trial, "__file__", str(tmp_path / "none.py"))
     with pytest.raises(Overloaded):
         made.guide(regex("c"))
