@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from edge_agent.backends.base import LocalBackend, is_empty
+from edge_agent.backends.base import LocalModels, is_empty
 from edge_agent.offload import Offload
 from router.decide import Decision, decide
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
@@ -45,11 +45,11 @@ class Agent:
 
     def __init__(
         self,
-        local: LocalBackend,
+        local: LocalModels,
         offload: Offload | None,
         *,
         policy: Callable[[ChatRequest], Policy],
-        device: Callable[[], DeviceReading],
+        device: Callable[[str], DeviceReading],
         listeners: tuple[Listener, ...] = (),
         record: Callable[[str, Recorded], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -77,7 +77,7 @@ class Agent:
         whole = self._policy(request)
         policy = whole.of(tenant)
         features = observe(request, policy, prompt_tokens=prompt_tokens, tenant=tenant)
-        device, link = self._device(), self.link()
+        device, link = self._device(request.model), self.link()
         record = Recorded(
             at=self._wall_clock(),
             request=features,
@@ -107,7 +107,8 @@ class Agent:
         if isinstance(plan.decision, CausewayError):
             raise plan.decision
         policy, decision = plan.policy, plan.decision
-        route, began = self._route(decision.target, decision.reason), False
+        edge = plan.record.device.model
+        route, began = self._route(decision.target, decision.reason, edge), False
         if decision.redact:
             request = msgspec.structs.replace(request, label="redact")
         try:
@@ -119,7 +120,7 @@ class Agent:
         except CausewayError as error:
             if began or not error.retryable or decision.fallback is None:
                 raise
-            route = self._stand_in(decision, decision.fallback, error)
+            route = self._stand_in(decision, decision.fallback, error, edge)
         async with aclosing(self._relay(request, route, policy)) as deltas:
             async for delta in deltas:
                 yield delta
@@ -151,20 +152,22 @@ class Agent:
 
     async def prompt_tokens(self, request: ChatRequest) -> int:
         """By the local tokenizer if it can, else estimated: a broken model must not keep requests from the cloud."""
-        if not self._local.reading().available:
+        local = self._local.named(request.model)
+        if not local.reading().available:
             return estimate_tokens(request)
         try:
             async with asyncio.timeout(COUNT_TIMEOUT_S):
-                return await self._local.count_tokens(request)
+                return await local.count_tokens(request)
         except (CausewayError, TimeoutError):
             return estimate_tokens(request)
 
-    def _stand_in(self, decision: Decision, target: Target, error: CausewayError) -> Route:
+    def _stand_in(self, decision: Decision, target: Target, error: CausewayError, edge: str) -> Route:
         failure = f"{decision.target} {error.code}: {error.message}".encode("ascii", "replace").decode()
-        return self._route(target, f"{failure[:MAX_FAILURE_CHARS]}; answered by the {target}", failovers=1)
+        return self._route(target, f"{failure[:MAX_FAILURE_CHARS]}; answered by the {target}", edge, failovers=1)
 
-    def _route(self, target: Target, reason: str, failovers: int = 0) -> Route:
-        model = self._local.model_card().id if target == "edge" else self.link().model or "cloud"
+    def _route(self, target: Target, reason: str, edge: str, failovers: int = 0) -> Route:
+        """`edge` is the model that answers where the edge does."""
+        model = edge if target == "edge" else self.link().model or "cloud"
         return Route(target=target, reason=reason, failovers=failovers, model=model)
 
 

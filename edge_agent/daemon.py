@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from edge_agent.agent import Agent
-from edge_agent.backends.base import LocalBackend, RemoteBackend
+from edge_agent.backends.base import LocalModels, RemoteBackend
 from edge_agent.counts import RouteCounts
 from edge_agent.device import Device
 from edge_agent.embedder import Embedder
@@ -33,7 +33,7 @@ class Daemon:
 
     intake: Intake
     agent: Agent
-    local: LocalBackend
+    local: LocalModels
     offload: Offload | None
     device: Device
     policy: PolicyCenter
@@ -54,7 +54,7 @@ class Daemon:
 
 
 def put_together(
-    local: LocalBackend,
+    local: LocalModels,
     cloud: RemoteBackend | None,
     policy: PolicyCenter,
     journal: Journal | None = None,
@@ -96,16 +96,15 @@ def put_together(
 def model_cards(daemon: Daemon) -> tuple[ModelCard, ...]:
     """The virtual models, then the real ones behind them. Wakes nothing."""
     edge, link = daemon.local.model_card(), daemon.agent.link()
+    local = daemon.local.model_cards()
     contexts = {"edge": edge.context_length, "cloud": link.context_length or edge.context_length}
     contexts["auto"] = max(contexts.values())
     virtual = [name for name in VIRTUAL_MODELS if name != "cloud" or link.configured]
     cards = [ModelCard(id=name, context_length=contexts[name]) for name in virtual]
-    if link.model and link.model != edge.id:
-        cards += [edge, ModelCard(id=link.model, context_length=contexts["cloud"])]
-    else:
-        cards.append(edge)
+    if link.model and link.model not in {card.id for card in local}:
+        local = (*local, ModelCard(id=link.model, context_length=contexts["cloud"]))
     embeds = daemon.embedder.model_card() if daemon.embedder else None
-    return (*cards, embeds) if embeds else tuple(cards)
+    return (*cards, *local, embeds) if embeds else (*cards, *local)
 
 
 def health(daemon: Daemon) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import psutil
 import structlog
 
-from edge_agent.backends.base import LocalBackend
+from edge_agent.backends.base import LocalModels
 from edge_agent.network import online
 from router.conditions import WEEKDAYS
 from router.features import DeviceReading
@@ -92,7 +92,7 @@ class Device:
 
     def __init__(
         self,
-        local: LocalBackend,
+        local: LocalModels,
         *,
         sensors: Callable[[], Machine] = sample,
         pace: Callable[[], Pace] = Pace,
@@ -115,8 +115,10 @@ class Device:
             await self.refresh()
             await asyncio.sleep(every)
 
-    def reading(self) -> DeviceReading:
-        card, runtime, now = self._local.model_card(), self._local.reading(), self._local_time()
+    def reading(self, model: str = "auto") -> DeviceReading:
+        """As a request for this model would find it."""
+        local = self._local.named(model)
+        card, runtime, now = local.model_card(), local.reading(), self._local_time()
         return DeviceReading(
             model=card.id,
             context_length=card.context_length,

@@ -24,6 +24,7 @@ from edge_agent.models import Installed, described
 from edge_agent.package import from_package
 from edge_agent.partial import claimed
 from edge_agent.sources import Hub, Local, Packaged, Wanted, name_of, wanted
+from router.features import VIRTUAL_MODELS
 from shared.errors import BadRequest, CausewayError
 from shared.models import Manifest, manifest_of, stored_file, valid_name
 
@@ -101,6 +102,8 @@ class _Pull:
         if isinstance(self._asked.source, Hub) and self._asked.source.file is None:
             self._asked = self._with_file(self._asked.source)
         name = self._asked.name or name_of(self._asked.source)
+        if name in VIRTUAL_MODELS:
+            raise BadRequest(f"{name} means something else: --name calls the model otherwise", param="name")
         file = stored_file(name, self._store)
         there = self._there(file, name)
         if there is not None and not again:

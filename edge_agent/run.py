@@ -20,6 +20,8 @@ from edge_agent.daemon import put_together
 from edge_agent.embedder import Embedder, embedding_file
 from edge_agent.instance import Held, hold
 from edge_agent.journal import Journal
+from edge_agent.library import Library, Rules
+from edge_agent.memory import machine_memory
 from edge_agent.policies.center import PolicyCenter
 from edge_agent.policies.history import History
 from edge_agent.policies.signer import device_signer
@@ -28,7 +30,7 @@ from edge_agent.settings import EdgeSettings, check
 from shared.config import InvalidSettings, read_secret
 from shared.guard import Guard
 from shared.keys import Keys
-from shared.models import default_store, resolve, verify
+from shared.models import default_store, resolve
 from shared.serving import announce, serve
 
 
@@ -66,7 +68,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         app = edge_app(daemon, keys=access, guard=_guard(settings))
         add_admin(app, daemon, token=token)
         closing.enter_context(on_hangup(daemon.reload))
-        await closing.enter_async_context(background(daemon.device.watch, policy.watch, live.watch))
+        await closing.enter_async_context(background(daemon.device.watch, policy.watch, live.watch, local.watch))
         await serve(
             app,
             settings.host,
@@ -93,15 +95,24 @@ def _history(state: Path) -> History | None:
         return None
 
 
-def _local(settings: EdgeSettings) -> LlamaBackend:
-    path = resolve(settings.model, store=default_store(os.environ, Path.home()))
-    verify(path)
-    return LlamaBackend(
-        path,
-        slots=settings.slots,
-        context=settings.context,
-        threads=settings.threads,
-        queue=settings.queue,
+def _local(settings: EdgeSettings) -> Library:
+    store = default_store(os.environ, Path.home())
+
+    def open_backend(file: Path) -> LlamaBackend:
+        return LlamaBackend(
+            file,
+            slots=settings.slots,
+            context=settings.context,
+            threads=settings.threads,
+            queue=settings.queue,
+        )
+
+    return Library(
+        resolve(settings.model, store=store),
+        store,
+        open_backend,
+        memory=machine_memory(settings.memory_mb and settings.memory_mb << 20),
+        rules=Rules(settings.slots, settings.context, settings.queue, settings.keep_s),
     )
 
 

@@ -46,6 +46,10 @@ class EdgeSettings(Settings):
     """How many requests may wait for a slot."""
     embedding_model: Annotated[str, Field(min_length=1, max_length=4096)] = "all-minilm"
     """Makes embeddings, once it is pulled: a name from the model store, or a file that was converted from one."""
+    keep_s: Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)] = 300.0
+    """How long a model other than `model` stays loaded after its last answer."""
+    memory_mb: Annotated[int, Field(ge=1)] | None = None
+    """What all loaded models together may take; none: four fifths of the machine's memory, if that much is free."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     keys: Path | None = None

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from fakes import EchoAnswer, ScriptedAnswer
 
+from edge_agent.backends.base import Loaded
 from edge_agent.daemon import Daemon, put_together
 from edge_agent.policies.center import PolicyCenter
-from shared.errors import CausewayError
+from shared.errors import CausewayError, UnknownModel
 from shared.schemas import Answer, ChatRequest, Delta, Message, ModelCard, Usage
 
 LAST = Delta(finish_reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=2))
@@ -70,6 +71,29 @@ class Local:
 
     async def aclose(self) -> None:
         self.closed = True
+
+    @property
+    def store(self) -> Path:
+        return Path("/nowhere")
+
+    def named(self, model: str) -> "Local":
+        return self
+
+    def model_cards(self) -> tuple[ModelCard, ...]:
+        return (self.card,)
+
+    def loaded(self) -> list[Loaded]:
+        card, file = self.card, Path("/nowhere/small.gguf")
+        return [Loaded(card.id, file, "loaded", 2, 1, card.context_length, self.runtime.running, "cpu", None, None)]
+
+    async def load(self, name: str) -> None:
+        raise UnknownModel(f"{name} is not on this device")
+
+    async def stop(self, name: str) -> bool:
+        raise UnknownModel(f"{name} is not loaded")
+
+    def keep(self, name: str, seconds: float | None) -> None:
+        pass
 
 
 class Remote:

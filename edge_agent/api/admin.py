@@ -2,12 +2,13 @@
 
 GET  /admin/status   who answered, the device, the link, the policy in force
 POST /admin/reload   read the policy and the settings again, now; says which settings wait for a restart
+GET  /admin/models   the models in memory; POST /admin/models/NAME/load and /stop: have one there, or no more
 """
 
 import dataclasses
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,11 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edge_agent.api.credentials import bearer
+from edge_agent.api.models import Handler, model_handler
 from edge_agent.daemon import Daemon, health
 from edge_agent.policy_file import Snapshot
 from shared.errors import MethodNotAllowed, NotFound, Unauthorized
 
-Handler = Callable[[], Awaitable[dict[str, Any]]]
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 
@@ -42,9 +43,10 @@ def add_admin(app: FastAPI, daemon: Daemon, *, token: str, clock: Callable[[], f
 
     async def admin(request: Request) -> Response:
         _check(request.headers, token)
-        if request.scope["path"] not in handlers:
+        found = handlers.get(request.scope["path"]) or model_handler(daemon.local, request.scope["path"])
+        if found is None:
             raise NotFound("no such path", source="edge")
-        method, handler = handlers[request.scope["path"]]
+        method, handler = found
         if request.method != method:
             raise MethodNotAllowed(f"this path takes {method}", source="edge")
         return JSONResponse(await handler(), headers={"cache-control": "no-store"})

@@ -3,7 +3,10 @@
 `llama.py` and `cloud.py` implement these; tests put scripted ones in their place.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, Protocol
 
 from shared.schemas import Answer, ChatRequest, Delta, ModelCard
 
@@ -48,8 +51,8 @@ class LocalReading(Protocol):
         """Requests refused by name, for having been there when it died twice."""
 
 
-class LocalBackend(Answer, Protocol):
-    """The model on this device."""
+class LocalView(Protocol):
+    """A model on this device, to be looked at."""
 
     def model_card(self) -> ModelCard: ...
 
@@ -58,7 +61,62 @@ class LocalBackend(Answer, Protocol):
     async def count_tokens(self, request: ChatRequest) -> int:
         """Tokens of the whole templated prompt, counted off the event loop."""
 
+
+class LocalBackend(LocalView, Answer, Protocol):
+    """A model on this device."""
+
     async def aclose(self) -> None: ...
+
+
+class LoadableBackend(LocalBackend, Protocol):
+    async def start(self) -> None:
+        """Load the model. Raises ModelInvalid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory, or on its way there. `size` is estimated, in bytes; `expires_at` None: it stays."""
+
+    name: str
+    file: Path
+    state: Literal["loading", "loaded"]
+    size: int
+    file_size: int
+    context_length: int
+    running: int
+    processor: str
+    loaded_at: datetime | None
+    expires_at: datetime | None
+
+
+class LocalModels(LocalBackend, Protocol):
+    """All models on this device; itself the default one."""
+
+    def named(self, model: str) -> LocalView:
+        """The one that would answer a request for this model, as it is now: the default, unless the name is another's.
+        Loads nothing, waits for nothing."""
+
+    def model_cards(self) -> tuple[ModelCard, ...]:
+        """The default first."""
+
+    @property
+    def store(self) -> Path:
+        """Where models lie; see `edge_agent.models`."""
+
+    def loaded(self) -> list[Loaded]:
+        """What is in memory, by name."""
+
+    async def load(self, name: str) -> None:
+        """Have it in memory. Raises UnknownModel, or what keeps it from being loaded."""
+
+    async def stop(self, name: str) -> bool:
+        """Unload it: now if it is idle, else after its last answer; says whether it is gone.
+
+        Raises UnknownModel if it is not loaded."""
+
+    def keep(self, name: str, seconds: float | None) -> None:
+        """How long this model shall stay after its last answer, from now on until it is unloaded; None: for ever. For a
+        model that is not loaded, it holds once it is. A name that is not of this device changes nothing."""
 
 
 class LinkState(Protocol):

@@ -13,6 +13,7 @@ import trustme
 from bad_input import CHAT, chat
 from edge_sides import HERE, Local
 from fakes import ScriptedAnswer
+from model_origin import model_bytes
 
 from edge_agent import run as module
 from edge_agent.run import background, run
@@ -42,7 +43,8 @@ class Llama(Local):
 
 
 @pytest.fixture
-def llama(monkeypatch: pytest.MonkeyPatch) -> type[Llama]:
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Llama]:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(module, "LlamaBackend", Llama)
     Llama.made = []
     return Llama
@@ -50,7 +52,7 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> type[Llama]:
 
 def settings(folder: Path, **values: Any) -> EdgeSettings:
     model = folder / "m.gguf"
-    model.write_bytes(b"GGUF")
+    model.write_bytes(model_bytes(100))
     return EdgeSettings(model=str(model), port=0, state_dir=folder / "state", **values)
 
 
