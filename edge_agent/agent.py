@@ -1,4 +1,5 @@
-"""The path of one request at the edge: measure, decide, then generate here or send to the cloud, relay, report.
+"""The path of one request at the edge: measure, decide, look up, else generate here or send to the cloud, relay,
+remember, report.
 
 The one fallback rule of Causeway is in `Agent._answer`: a retryable failure before the first token may be made good by
 the target that the decision permits, visibly; after the first token a stream goes on or ends with its error. Two
@@ -10,10 +11,14 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 
 from edge_agent.backends.base import LocalModels, is_empty
+from edge_agent.cache.answers import AnswerCache, by_chance
+from edge_agent.cache.base import Scope
+from edge_agent.caller import ANYONE, Caller
 from edge_agent.offload import Offload
 from router.decide import Decision, decide
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
@@ -21,7 +26,7 @@ from router.observe import observe
 from router.policy import Policy
 from router.records import Recorded, Shadowed
 from shared.errors import CausewayError, PolicyDenied, UpstreamFailed
-from shared.schemas import ChatRequest, Delta, Route, Target
+from shared.schemas import Cached, ChatRequest, Delta, Label, Route, Target
 from shared.telemetry import Listener, observed
 
 COUNT_TIMEOUT_S = 5.0
@@ -37,6 +42,15 @@ class Plan:
     record: Recorded
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What goes with a request that was decided: `label` is how carefully its answer is kept."""
+
+    caller: Caller
+    policy: Policy
+    label: Label
+
+
 class Agent:
     """One answer made of two: the model on this device and, unless `offload` is None, the cloud.
 
@@ -50,6 +64,7 @@ class Agent:
         *,
         policy: Callable[[ChatRequest], Policy],
         device: Callable[[str], DeviceReading],
+        cache: AnswerCache | None = None,
         listeners: tuple[Listener, ...] = (),
         record: Callable[[str, Recorded], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -59,14 +74,16 @@ class Agent:
         self._offload = offload
         self._policy = policy
         self._device = device
+        self._cache = cache
         self._listeners = listeners
         self._record = record
         self._wall_clock = wall_clock
         self._clock = clock
 
-    def answer(self, request: ChatRequest, tenant: str = "") -> AsyncGenerator[Delta, None]:
-        """Every stream ends in exactly one way, and exactly one event says how. `tenant`: whose request it is."""
-        return observed(self._answer(request, tenant), request, self._listeners, clock=self._clock)
+    def answer(self, request: ChatRequest, caller: Caller = ANYONE) -> AsyncGenerator[Delta, None]:
+        """Every stream ends in exactly one way, and exactly one event says how."""
+        answered = self._answer(request, caller)
+        return observed(answered, request, self._listeners, tenant=caller.tenant or "local", clock=self._clock)
 
     def link(self) -> LinkReading:
         return self._offload.reading() if self._offload else NO_CLOUD
@@ -100,19 +117,19 @@ class Agent:
         )
         return Plan(policy, decision, said)
 
-    async def _answer(self, request: ChatRequest, tenant: str) -> AsyncGenerator[Delta, None]:
-        plan = await self.plan(request, tenant)
+    async def _answer(self, request: ChatRequest, caller: Caller) -> AsyncGenerator[Delta, None]:
+        plan = await self.plan(request, caller.tenant)
         if self._record is not None:
             self._record(request.id, plan.record)
         if isinstance(plan.decision, CausewayError):
             raise plan.decision
-        policy, decision = plan.policy, plan.decision
-        edge = plan.record.device.model
+        decision, edge = plan.decision, plan.record.device.model
+        terms = Terms(caller, plan.policy, decision.label)
         route, began = self._route(decision.target, decision.reason, edge), False
         if decision.redact:
             request = msgspec.structs.replace(request, label="redact")
         try:
-            async with aclosing(self._relay(request, route, policy)) as deltas:
+            async with aclosing(self._relay(request, route, terms)) as deltas:
                 async for delta in deltas:
                     began = True
                     yield delta
@@ -121,15 +138,15 @@ class Agent:
             if began or not error.retryable or decision.fallback is None:
                 raise
             route = self._stand_in(decision, decision.fallback, error, edge)
-        async with aclosing(self._relay(request, route, policy)) as deltas:
+        async with aclosing(self._relay(request, route, terms)) as deltas:
             async for delta in deltas:
                 yield delta
 
-    async def _relay(self, request: ChatRequest, route: Route, policy: Policy) -> AsyncGenerator[Delta, None]:
+    async def _relay(self, request: ChatRequest, route: Route, terms: Terms) -> AsyncGenerator[Delta, None]:
         """One target's answer from its first token on, the route on its first and last delta, its name on errors."""
         began = False
         try:
-            async with aclosing(self._from(route.target, request, policy)) as deltas:
+            async with aclosing(self._remembered(route, request, terms)) as deltas:
                 async for delta in deltas:
                     if not began and is_empty(delta):
                         continue
@@ -142,6 +159,27 @@ class Agent:
         except CausewayError as error:
             error.at(route.target)
             raise
+
+    def _remembered(self, route: Route, request: ChatRequest, terms: Terms) -> AsyncGenerator[Delta, None]:
+        """From the cache, if this side has answered this before; else anew, and kept there."""
+        generate = partial(self._from, route.target, request, terms.policy)
+        if self._cache is None:
+            return generate()
+        scope = self._scope(route, request, terms)
+        return self._cache.answer(request, scope, terms.policy.cache, terms.caller.cache, generate)
+
+    def _scope(self, route: Route, request: ChatRequest, terms: Terms) -> Scope:
+        here, card = route.target == "edge", self._local.named(request.model).model_card()
+        return Scope(
+            tenant=terms.caller.tenant,
+            label=terms.label,
+            target=route.target,
+            model=route.model,
+            weights=card.digest if here else "",
+            context_length=card.context_length if here else self.link().context_length,
+            redaction=terms.policy.fingerprint if request.label == "redact" and not here else "",
+            choice=terms.caller.choice if by_chance(request) else 0,
+        )
 
     def _from(self, target: Target, request: ChatRequest, policy: Policy) -> AsyncGenerator[Delta, None]:
         if target == "edge":
@@ -172,9 +210,18 @@ class Agent:
 
 
 def _routed(delta: Delta, route: Route) -> Delta:
-    """Whoever answered knows best which model it ran; all else about the route is the Agent's to say."""
-    said = delta.route.model if delta.route else ""
-    return msgspec.structs.replace(delta, route=msgspec.structs.replace(route, model=said or route.model))
+    """Whoever answered knows best which model it ran, and the cache what it had to do with it; all else about the route
+    is the Agent's to say."""
+    said = delta.route or route
+    reason = route.reason + (_of_cache(said.cached) if said.cached else "")
+    ours = msgspec.structs.replace(route, reason=reason, model=said.model or route.model, cached=said.cached)
+    return msgspec.structs.replace(delta, route=ours)
+
+
+def _of_cache(cached: Cached) -> str:
+    if cached.use == "hit":
+        return f"; cache hit: {cached.layer}, {cached.age_s:.0f} s old"
+    return "; shared with an identical request" if cached.use == "shared" else ""
 
 
 def _shadowed(

@@ -1,6 +1,6 @@
 """The edge daemon's parts, put together. Nothing here listens or starts: `__main__` does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from edge_agent.agent import Agent
 from edge_agent.backends.base import LocalModels, RemoteBackend
+from edge_agent.cache.answers import AnswerCache
 from edge_agent.counts import RouteCounts
 from edge_agent.device import Device
 from edge_agent.embedder import Embedder
@@ -43,6 +44,7 @@ class Daemon:
     experience: Experience
     live: LiveSettings
     embedder: Embedder | None = None
+    cache: AnswerCache | None = None
 
     async def reload(self) -> Changes:
         """Read policy and settings again; says what became of the settings. Raises InvalidPolicy or InvalidSettings:
@@ -60,6 +62,7 @@ def put_together(
     journal: Journal | None = None,
     live: LiveSettings | None = None,
     embedder: Embedder | None = None,
+    cache: AnswerCache | None = None,
 ) -> Daemon:
     live = live or LiveSettings(EdgeSettings())
     registry, counts = CollectorRegistry(), RouteCounts()
@@ -72,6 +75,7 @@ def put_together(
         offload,
         policy=policy.policy_for,
         device=device.reading,
+        cache=cache,
         listeners=listeners,
         record=experience.decided,
     )
@@ -88,6 +92,7 @@ def put_together(
         experience=experience,
         live=live,
         embedder=embedder,
+        cache=cache,
     )
     registry.register(Gauges(daemon))
     return daemon
@@ -145,9 +150,28 @@ class Gauges(Collector):
             lost = CounterMetricFamily("causeway_journal_lost", "Decisions that could not be written to the journal")
             lost.add_metric((), self._daemon.journal.lost + self._daemon.experience.lost)
             yield lost
+        if self._daemon.cache is not None:
+            yield from _of_cache(self._daemon.cache.stats())
         failures = CounterMetricFamily("causeway_policy_reload_failures", "Policy files rejected")
         failures.add_metric((), self._daemon.policy.failures)
         yield failures
+
+
+def _of_cache(stats: Mapping[str, Any]) -> Iterator[Metric]:
+    uses = CounterMetricFamily("causeway_cache_requests", "What the cache had to do with a request", labels=("use",))
+    for use, count in stats["requests"].items():
+        uses.add_metric((use,), count)
+    yield uses
+    for name in ("hits", "misses", "evictions", "errors"):
+        counted = CounterMetricFamily(f"causeway_cache_{name}", f"{name} of a layer", labels=("layer",))
+        for layer, said in stats["layers"].items():
+            counted.add_metric((layer,), said[name])
+        yield counted
+    size = GaugeMetricFamily("causeway_cache_bytes", "Kept in a layer", labels=("layer",))
+    for layer, said in stats["layers"].items():
+        if said["size"] is not None:
+            size.add_metric((layer,), said["size"])
+    yield size
 
 
 def _gauge(name: str, text: str, value: float | None) -> GaugeMetricFamily:

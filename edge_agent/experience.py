@@ -57,6 +57,7 @@ class Experience:
             first_token_s=event.first_token_s,
             total_s=event.total_s,
             completion_tokens=event.usage.completion_tokens if event.usage else 0,
+            cache=event.route.cached.use if event.route and event.route.cached else "",
         )
         self._done(replace(record, outcome=outcome))
 

@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 
 from edge_agent.backends.base import LoadableBackend, Loaded, LocalReading
@@ -353,8 +354,8 @@ class View:
 
     def model_card(self) -> ModelCard:
         if self._backend:
-            return self._backend.model_card()
-        return ModelCard(id=self._entry.name, context_length=self._entry.context_length)
+            return msgspec.structs.replace(self._backend.model_card(), digest=self._entry.digest)
+        return ModelCard(id=self._entry.name, context_length=self._entry.context_length, digest=self._entry.digest)
 
     def reading(self) -> LocalReading:
         if self._backend:

@@ -16,6 +16,7 @@ from edge_agent.api.app import edge_app
 from edge_agent.api.credentials import admin_token, client_token, state_folder
 from edge_agent.backends.cloud import CloudBackend
 from edge_agent.backends.llama import LlamaBackend
+from edge_agent.cache.layers import open_cache
 from edge_agent.daemon import put_together
 from edge_agent.embedder import Embedder, embedding_file
 from edge_agent.instance import Held, hold
@@ -64,7 +65,10 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         closing.callback(journal.close)
         embedder = Embedder(embedding_file(settings.embedding_model, default_store(os.environ, Path.home())))
         closing.push_async_callback(embedder.aclose)
-        daemon = put_together(local, cloud, policy, journal, live, embedder)
+        cache = open_cache(settings)
+        if cache is not None:
+            closing.push_async_callback(cache.aclose)
+        daemon = put_together(local, cloud, policy, journal, live, embedder, cache)
         app = edge_app(daemon, keys=access, guard=_guard(settings))
         add_admin(app, daemon, token=token)
         closing.enter_context(on_hangup(daemon.reload))

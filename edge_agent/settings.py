@@ -50,6 +50,10 @@ class EdgeSettings(Settings):
     """How long a model other than `model` stays loaded after its last answer."""
     memory_mb: Annotated[int, Field(ge=1)] | None = None
     """What all loaded models together may take; none: four fifths of the machine's memory, if that much is free."""
+    cache: bool = True
+    """Keep answers, to serve them again to the same question; the policy says which."""
+    cache_memory_mb: Annotated[int, Field(ge=0, le=1 << 16)] = 32
+    cache_memory_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
     tls_cert: Path | None = None
     tls_key: Path | None = None
     keys: Path | None = None

@@ -7,16 +7,17 @@ from edge_agent.backends.base import DEFAULT_CONTEXT
 from edge_agent.facts import facts_of
 from router.features import VIRTUAL_MODELS
 from shared.errors import CausewayError, UnknownModel
-from shared.models import Manifest, installed, manifest_of, model_name, stored_file
+from shared.models import Manifest, digest_of, installed, manifest_of, model_name, stored_file
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model that can be loaded. `context_length` is what a request may use."""
+    """A model that can be loaded. `context_length` is what a request may use; `digest` names the bytes of the file."""
 
     name: str
     file: Path
     context_length: int
+    digest: str = ""
 
 
 class Shelf:
@@ -52,11 +53,11 @@ class Shelf:
         return [self.default, *(self._of_manifest(found, stored_file(found.name, self.store)) for found in others)]
 
     def _of_manifest(self, manifest: Manifest, file: Path) -> Entry:
-        return Entry(manifest.name, file, min(self._context, manifest.context_length or self._context))
+        return Entry(manifest.name, file, min(self._context, manifest.context_length or self._context), manifest.sha256)
 
     def _of_file(self, name: str, file: Path) -> Entry:
         try:
             trained = facts_of(file).context_length
         except CausewayError:
             trained = 0  # whoever loads it says what is wrong
-        return Entry(name, file, min(self._context, trained or self._context))
+        return Entry(name, file, min(self._context, trained or self._context), digest_of(file))

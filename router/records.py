@@ -32,6 +32,13 @@ class Outcome:
     first_token_s: float | None = None
     total_s: float | None = None
     completion_tokens: int = 0
+    cache: str = ""
+    """What the edge's cache had to do with it: `hit`, `shared`, `miss`, `bypass`; empty where there was none."""
+
+    @property
+    def worked(self) -> bool:
+        """A model has worked for this one alone."""
+        return self.cache not in ("hit", "shared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +72,8 @@ class Recorded:
     @property
     def went_well(self) -> bool:
         """Answered to its end by the side that was chosen: its times tell of that side, and of nothing else."""
-        return self.outcome.ending == "done" and self.target is not None and self.outcome.served == self.target
+        outcome = self.outcome
+        return outcome.ending == "done" and self.target is not None and outcome.served == self.target and outcome.worked
 
     @property
     def prediction_errors(self) -> Prediction:

@@ -59,7 +59,8 @@ def replay(records: Iterable[Recorded], candidate: Policy) -> Comparison:
             continue
         comparison.moved[before, after] += 1
         if decision is not None and record.target is not None:
-            was = record.outcome.first_token_s if record.outcome.served == record.target else None
+            told = record.outcome.served == record.target and record.outcome.worked
+            was = record.outcome.first_token_s if told else None
             becomes = speeds[decision.target].first_token_s(record.request.prompt_tokens)
             if was is not None and becomes is not None:
                 changes.append(becomes - was)
@@ -90,7 +91,7 @@ class _Speed:
         self._seen = sorted(
             (record.request.prompt_tokens, record.outcome.first_token_s)
             for record in records
-            if record.outcome.served == target and record.outcome.first_token_s is not None
+            if record.outcome.served == target and record.outcome.worked and record.outcome.first_token_s is not None
         )
 
     def first_token_s(self, prompt_tokens: int) -> float | None:

@@ -20,6 +20,7 @@
     ├── Unreachable             502  retryable; no connection to the cloud
     ├── UpstreamFailed          502  retryable; the other side broke
     ├── DeadlineExceeded        504  retryable
+    ├── NotCached               504  the caller wanted it from the cache or not at all
     ├── Cancelled               499
     ├── Unrecoverable           502  the stream cannot be continued: its log is gone
     ├── UnknownRequest          404  no such request, or not yours
@@ -142,6 +143,10 @@ class UpstreamFailed(CausewayError):
 
 class DeadlineExceeded(CausewayError):
     code, status, retryable = "deadline_exceeded", 504, True
+
+
+class NotCached(CausewayError):
+    code, status = "not_cached", 504
 
 
 class Cancelled(CausewayError):

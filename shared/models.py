@@ -120,6 +120,16 @@ def model_name(path: Path) -> str:
     return manifest.name if manifest else path.stem
 
 
+def digest_of(file: Path) -> str:
+    """Names the bytes of a model file: by its manifest, else by its size and when it was written; empty if neither can
+    be read."""
+    try:
+        manifest, found = manifest_of(file), file.stat()
+    except (OSError, ModelInvalid):
+        return ""
+    return manifest.sha256 if manifest else f"{found.st_size}-{found.st_mtime_ns}"
+
+
 def verify(file: Path) -> None:
     """Hash a model file against its manifest, if it has one. Raises ModelInvalid if one byte differs."""
     manifest = manifest_of(file)

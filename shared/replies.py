@@ -192,7 +192,8 @@ def service_tier(priority: Priority) -> str:
 
 
 def causeway_object(route: Route) -> dict[str, Any]:
-    return {"route": route.target, "reason": route.reason, "failovers": route.failovers, "model": route.model}
+    said = {"route": route.target, "reason": route.reason, "failovers": route.failovers, "model": route.model}
+    return said | ({"cache": route.cached.use} if route.cached else {})
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 ToolChoice = Literal["none", "auto", "required"]
 Target = Literal["edge", "cloud"]
+CacheUse = Literal["hit", "shared", "miss", "bypass"]
 Syntax = Literal["json_schema", "regex", "lark"]
 Label = Literal["free", "redact", "edge_only"]
 """`redact`: only with its personal data and secrets replaced may this request leave the device; such a copy is free.
@@ -249,13 +250,28 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the prompt's tokens, how many came from a prefix cache."""
 
 
+class Cached(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the edge's cache had to do with an answer. `hit`: it came from `layer`, `age_s` old; `shared`: from the
+    execution of an identical request; `miss`: made anew; `bypass`: made anew, and neither looked for nor kept."""
+
+    use: CacheUse
+    layer: str = ""
+    age_s: float = 0.0
+
+    @property
+    def saved(self) -> bool:
+        """No model has worked for this one."""
+        return self.use in ("hit", "shared")
+
+
 class Route(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who serves a request and why: what `x-causeway-route`, `-reason` and `-failovers` say."""
+    """Who serves a request and why: what `x-causeway-route`, `-reason`, `-failovers` and `-cache` say."""
 
     target: Target
     reason: str
     failovers: int = 0
     model: str = ""
+    cached: Cached | None = None
 
 
 class ToolPiece(msgspec.Struct, frozen=True, array_like=True):
@@ -301,3 +317,5 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     context_length: int
     owned_by: str = "causeway"
+    digest: str = ""
+    """Names the very bytes of the model, where that is known: what it answered is not served for another's."""

@@ -249,7 +249,12 @@ def _route_headers(route: Route | None) -> list[Header]:
     if route is None:
         return []
     values = {"route": route.target, "reason": route.reason, "failovers": str(route.failovers)}
-    return [(f"x-causeway-{name}".encode(), _header_value(value)) for name, value in values.items()]
+    if route.cached:
+        values["cache"] = route.cached.use
+    headers = [(f"x-causeway-{name}".encode(), _header_value(value)) for name, value in values.items()]
+    if route.cached and route.cached.use == "hit":
+        headers.append((b"age", b"%d" % route.cached.age_s))
+    return headers
 
 
 def _header_value(text: str) -> bytes:

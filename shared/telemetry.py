@@ -117,6 +117,8 @@ class RequestMetrics:
         self._requests.labels(target, event.outcome, event.error_code or "").inc()
         if event.route and event.route.failovers:
             self._failovers.inc(event.route.failovers)
+        if event.route and event.route.cached and event.route.cached.saved:
+            return  # no model took this time or made these tokens
         if event.first_token_s is not None:
             self._first.labels(target).observe(event.first_token_s)
         if event.usage:
@@ -145,6 +147,7 @@ class RequestLog:
             target=event.route.target if event.route else None,
             reason=event.route.reason if event.route else None,
             failovers=event.route.failovers if event.route else 0,
+            cache=event.route.cached.use if event.route and event.route.cached else None,
             first_token_ms=None if event.first_token_s is None else round(event.first_token_s * 1e3, 1),
             total_ms=round(event.total_s * 1e3, 1),
             prompt_tokens=event.usage.prompt_tokens if event.usage else None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from fakes import EchoAnswer, ScriptedAnswer
 
 from edge_agent.backends.base import Loaded
+from edge_agent.cache.answers import AnswerCache
 from edge_agent.daemon import Daemon, put_together
 from edge_agent.policies.center import PolicyCenter
 from shared.errors import CausewayError, UnknownModel
@@ -135,11 +136,13 @@ def policy_file(folder: Path, text: str) -> PolicyCenter:
     return PolicyCenter(path, None)
 
 
-def daemon_over(local: Answer | None, cloud: Answer | None, policy: PolicyCenter) -> Daemon:
+def daemon_over(
+    local: Answer | None, cloud: Answer | None, policy: PolicyCenter, cache: AnswerCache | None = None
+) -> Daemon:
     """A whole daemon; its sides are `daemon.local` and, where there is one, the Remote that was given."""
     side = local if isinstance(local, Local) else Local(local or EchoAnswer())
     remote = cloud if isinstance(cloud, Remote) or cloud is None else Remote(cloud)
-    return put_together(side, remote, policy)
+    return put_together(side, remote, policy, cache=cache)
 
 
 def ask(content: str = "Hello there", *, id: str = "r1", model: str = "auto", label: str = "free") -> ChatRequest:  # noqa: A002

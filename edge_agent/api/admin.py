@@ -3,6 +3,7 @@
 GET  /admin/status   who answered, the device, the link, the policy in force
 POST /admin/reload   read the policy and the settings again, now; says which settings wait for a restart
 GET  /admin/models   the models in memory; POST /admin/models/NAME/load and /stop: have one there, or no more
+POST /admin/cache/clear   forget all answers, in every layer
 """
 
 import dataclasses
@@ -39,7 +40,16 @@ def add_admin(app: FastAPI, daemon: Daemon, *, token: str, clock: Callable[[], f
             "settings": dataclasses.asdict(changes),
         }
 
-    handlers: dict[str, tuple[str, Handler]] = {"/admin/status": ("GET", status), "/admin/reload": ("POST", reload)}
+    async def clear() -> dict[str, Any]:
+        if daemon.cache is not None:
+            await daemon.cache.clear()
+        return {"cache": None if daemon.cache is None else daemon.cache.stats()}
+
+    handlers: dict[str, tuple[str, Handler]] = {
+        "/admin/status": ("GET", status),
+        "/admin/reload": ("POST", reload),
+        "/admin/cache/clear": ("POST", clear),
+    }
 
     async def admin(request: Request) -> Response:
         _check(request.headers, token)
@@ -76,6 +86,7 @@ def _status(daemon: Daemon) -> dict[str, Any]:
         },
         "predictions": daemon.experience.accuracy(),
         "link": link,
+        "cache": None if daemon.cache is None else daemon.cache.stats(),
         "policy": _policy(daemon.policy.current, daemon.policy.failures),
     }
 

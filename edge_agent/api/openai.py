@@ -5,8 +5,9 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
+from edge_agent.cache.control import parse_control
+from edge_agent.caller import Caller
 from edge_agent.daemon import Daemon, health, model_cards
-from edge_agent.intake import ForTenant
 from shared.embeddings import Embed
 from shared.errors import UnknownModel
 from shared.guard import Guard, Shape
@@ -44,7 +45,8 @@ def answers(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]
     """By a request's headers, who answers it: on every surface."""
 
     def answer_for(headers: Mapping[str, str]) -> Answer:
-        return ForTenant(daemon.intake, keys.tenant_of(headers) if keys is not None else "")
+        tenant = keys.tenant_of(headers) if keys is not None else ""
+        return daemon.intake.of(Caller(tenant, parse_control(headers.get("cache-control"))))
 
     return answer_for
 

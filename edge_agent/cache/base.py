@@ -26,6 +26,8 @@ class Scope:
     context_length: int | None = None
     redaction: str = ""
     """Names the rules by which personal data was replaced on the way out; empty where none was."""
+    choice: int = 0
+    """Which of a call's choices, where chance makes them different answers to the same request."""
 
 
 @dataclass(frozen=True, slots=True)

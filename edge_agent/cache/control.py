@@ -20,6 +20,9 @@ class Control:
     max_age_s: float | None = None
 
 
+NO_WISHES: Final = Control()
+
+
 def parse_control(header: str | None) -> Control:
     """Raises BadRequest for a max-age that is no number of seconds; directives that are not ours are passed over."""
     given: dict[str, str] = {}

@@ -9,7 +9,7 @@ from router.features import NO_CLOUD, DeviceReading, RequestFeatures
 from router.predict import Prediction, Predictions
 from router.records import Recorded
 from shared.errors import UpstreamFailed
-from shared.schemas import Delta, Route, Target, Usage
+from shared.schemas import Cached, Delta, Route, Target, Usage
 from shared.telemetry import RequestFinished
 
 
@@ -77,11 +77,13 @@ def test_the_pace_of_who_answered_is_learned(target: Target) -> None:
         finished(outcome="cancelled"),
         finished(served="cloud"),
         finished(route=None),
+        finished(route=Route(target="edge", reason="because", cached=Cached(use="hit"))),
+        finished(route=Route(target="edge", reason="because", cached=Cached(use="shared"))),
         finished(first_token_s=None),
     ],
 )
 def test_what_went_otherwise_teaches_nothing(event: RequestFinished) -> None:
-    """Failed, cancelled, answered by the other side in its place, without a token: those times tell of other things."""
+    """Failed, cancelled, answered by the other side or by the cache, without a token: that tells of other things."""
     experience = Experience()
     experience.decided("r", record())
     experience(event)

@@ -1,19 +1,34 @@
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
 from edge_sides import HERE, ask, collect, text_of
 from fakes import ScriptedAnswer
 
+from edge_agent.caller import ANYONE, Caller
 from edge_agent.intake import Intake
 from shared.errors import Overloaded, UpstreamFailed
+from shared.schemas import Answer, ChatRequest, Delta
+
+
+class Behind:
+    """What an Intake lets requests in to. `callers` are those it was told of."""
+
+    def __init__(self, inner: Answer) -> None:
+        self.inner = inner
+        self.callers: list[Caller] = []
+
+    def answer(self, request: ChatRequest, caller: Caller = ANYONE) -> AsyncGenerator[Delta, None]:
+        self.callers.append(caller)
+        return self.inner.answer(request)
 
 
 async def test_drain_waits_for_what_runs_and_takes_nothing_new() -> None:
     """A running answer is finished, a new one is refused with when to come back, and then draining is done."""
     gate = asyncio.Event()
     inner = ScriptedAnswer(HERE[0], gate, *HERE[1:])
-    intake = Intake(inner)
+    intake = Intake(Behind(inner))
     running = asyncio.create_task(collect(intake, ask(id="running")))
     await inner.begun.wait()
 
@@ -36,7 +51,8 @@ async def test_drain_waits_for_what_runs_and_takes_nothing_new() -> None:
 @pytest.mark.parametrize("how", ["end", "error", "left"])
 async def test_nobody_is_counted_for_ever(how: str) -> None:
     """However an answer ends, it is no longer counted."""
-    intake = Intake(ScriptedAnswer(HERE[0], UpstreamFailed("x")) if how == "error" else ScriptedAnswer(*HERE))
+    script = (HERE[0], UpstreamFailed("x")) if how == "error" else HERE
+    intake = Intake(Behind(ScriptedAnswer(*script)))
 
     async with aclosing(intake.answer(ask())) as deltas:
         await anext(deltas)
@@ -48,3 +64,20 @@ async def test_nobody_is_counted_for_ever(how: str) -> None:
 
     assert intake.running == 0
     await asyncio.wait_for(intake.drain(), 5)
+
+
+async def test_the_choices_of_one_call_are_numbered() -> None:
+    """Who asks goes with every request; of the same call, each is told apart."""
+    behind = Behind(ScriptedAnswer(*HERE))
+    intake = Intake(behind)
+
+    for call in (intake.of(Caller(tenant="ann")), intake.of(Caller(tenant="bob"))):
+        for _ in range(2):
+            await collect(call, ask())
+
+    assert [(caller.tenant, caller.choice) for caller in behind.callers] == [
+        ("ann", 0),
+        ("ann", 1),
+        ("bob", 0),
+        ("bob", 1),
+    ]

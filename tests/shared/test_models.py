@@ -4,11 +4,22 @@ import hashlib
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shared.errors import UnknownModel
 from shared.gguf import ModelInvalid
-from shared.models import default_store, installed, model_name, resolve, stored_file, valid_name, verify
+from shared.models import (
+    Manifest,
+    default_store,
+    digest_of,
+    installed,
+    model_name,
+    resolve,
+    stored_file,
+    valid_name,
+    verify,
+)
 
 BAD_NAMES = [
     "../../etc/passwd",
@@ -126,3 +137,16 @@ def test_the_store_follows_the_xdg_convention(tmp_path: Path) -> None:
     assert default_store({"XDG_DATA_HOME": "/data"}, tmp_path) == Path("/data/causeway/models")
     for env in ({}, {"XDG_DATA_HOME": ""}, {"XDG_DATA_HOME": "data"}):
         assert default_store(env, tmp_path) == tmp_path / ".local/share/causeway/models"
+
+
+def test_a_model_is_named_by_its_bytes(tmp_path: Path) -> None:
+    """By its manifest's hash where it was pulled, else by size and time of writing: other bytes, another name."""
+    file = tmp_path / "a.gguf"
+    assert digest_of(file) == ""
+    file.write_bytes(b"GGUF")
+    unnamed = digest_of(file)
+    file.write_bytes(b"GGUF2")
+    assert len({"", unnamed, digest_of(file)}) == 3
+
+    file.with_suffix(".json").write_bytes(msgspec.json.encode(Manifest(name="a", size=5, sha256="f" * 64)))
+    assert digest_of(file) == "f" * 64

@@ -71,6 +71,7 @@ OTHER_SCOPE: dict[str, Any] = {
     "weights": "def",
     "context_length": 4096,
     "redaction": "p1",
+    "choice": 1,
 }
 SCOPE = Scope(tenant="local", label="free", target="edge", model="small", weights="abc", context_length=2048)
 
