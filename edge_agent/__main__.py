@@ -1,6 +1,8 @@
 """The command line: `serve`, `chat`, `keys new`, and the commands about models. Heavy imports wait until needed."""
 
 import asyncio
+import dataclasses
+import json
 import os
 import sys
 from datetime import UTC, datetime
@@ -78,6 +80,35 @@ def serve(
 
     apply(settings)
     asyncio.run(run(settings, LiveSettings(settings, load=read_again, file=config, apply=apply)))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML, as for `serve`.")] = None,
+    model: Annotated[str | None, typer.Option(help="As for `serve`, like the options that follow.")] = None,
+    host: Annotated[str | None, typer.Option()] = None,
+    port: Annotated[int | None, typer.Option()] = None,
+    cloud: Annotated[str | None, typer.Option()] = None,
+    key_file: Annotated[Path | None, typer.Option()] = None,
+    cloud_ca: Annotated[Path | None, typer.Option()] = None,
+    policy: Annotated[Path | None, typer.Option()] = None,
+    state_dir: Annotated[Path | None, typer.Option()] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of findings.")] = False,
+) -> None:
+    """Look for what is wrong or soon will be, and say what to do. Exit status 1 if anything FAILs."""
+    flags = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
+    from edge_agent.doctor.report import diagnose, shown
+    from edge_agent.settings import EdgeSettings
+    from shared.config import load
+
+    found = []
+    for finding in diagnose(lambda: load(EdgeSettings, config, os.environ, flags), os.environ, Path.home()):
+        found.append(finding)
+        if not as_json:
+            typer.echo(shown(finding))
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
+    raise typer.Exit(int(any(finding.status == "FAIL" for finding in found)))
 
 
 @app.command()

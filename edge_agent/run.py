@@ -55,7 +55,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
     async with AsyncExitStack() as closing:
         if history is not None:
             closing.callback(history.close)
-        cloud, local = _cloud(settings), _local(settings)
+        cloud, local = cloud_backend(settings), _local(settings)
         if cloud is not None:
             closing.push_async_callback(cloud.aclose)
             cloud.start()  # connects while the model loads
@@ -120,7 +120,8 @@ def _local(settings: EdgeSettings) -> Library:
     )
 
 
-def _cloud(settings: EdgeSettings) -> CloudBackend | None:
+def cloud_backend(settings: EdgeSettings) -> CloudBackend | None:
+    """What connects to the cloud, not yet connected; None where no cloud is wanted. Raises InvalidSettings."""
     url = settings.cloud_in_use
     if url is None:
         return None

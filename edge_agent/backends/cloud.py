@@ -42,6 +42,7 @@ from shared.streams import ClientRules, Stream
 NO_CLOUD = "CAUSEWAY_NO_CLOUD"
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 30.0
 CLOSE_S = 0.5
+POLL_S = 0.02
 SHORT_LIFE_S = 1.0
 _REFUSALS: dict[int, type[CausewayError]] = {401: Unauthorized, 403: Forbidden, 429: RateLimited, 503: Overloaded}
 
@@ -107,6 +108,22 @@ class CloudBackend:
         """Begin to hold a connection, if `keep_connected`. Harmless when repeated."""
         if self._keep_connected:
             self._ensure_keeper()
+
+    async def reach(self, within: float) -> Link:
+        """Connect, and wait until the cloud has greeted and answered a ping. Raises what keeps us from it."""
+        _refuse_if_switched_off()
+        self._keep_connected = True
+        self._ensure_keeper()
+        try:
+            async with asyncio.timeout(within):
+                while not self._session.up or self._session.round_trip is None:
+                    if not self._session.up and self._session.last_error is not None:
+                        raise self._session.last_error
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            if not self._session.up:
+                raise Unreachable(f"the cloud did not greet within {within:g} s", source="cloud") from None
+        return self.link()
 
     def link(self) -> Link:
         """Cheap: looks, never waits."""
