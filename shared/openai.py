@@ -142,7 +142,7 @@ def _call(
             **({} if asked is None else asked._asdict()),
             grammar=read_grammar(body.response_format, body.structured_outputs),
             label=read_label(body.causeway, label),
-            priority=_priority(body.service_tier),
+            priority=read_tier(body.service_tier),
             deadline_s=body.causeway.deadline_s,
         )
     except BadRequest as error:
@@ -255,7 +255,8 @@ def _label(value: str, param: str) -> Label:
     raise BadRequest(f"label must be {', '.join(LABELS[:-1])} or {LABELS[-1]}", param=param)
 
 
-def _priority(tier: str) -> Priority:
+def read_tier(tier: str) -> Priority:
+    """Raises BadRequest."""
     if tier not in _TIERS:
         raise BadRequest(f"service_tier must be one of {', '.join(_TIERS)}", param="service_tier")
     return _TIERS[tier]

@@ -8,7 +8,7 @@ work.
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -37,7 +37,8 @@ _T = TypeVar("_T")
 class Encoder(Protocol):
     """One answer in a surface's words. What `push`, `end` and `fail` return is the body, piece by piece."""
 
-    route: Route | None
+    @property
+    def route(self) -> Route | None: ...
 
     def push(self, index: int, delta: Delta) -> bytes: ...
 
@@ -161,15 +162,24 @@ def answering(answer: Answer, call: Generation, *, media_type: bytes = EVENTS) -
     return lambda reply: _generate(answer, call, media_type, reply)
 
 
-async def _generate(answer: Answer, call: Generation, media_type: bytes, reply: Reply) -> None:
-    limit = call.requests[0].deadline_s
+async def consume(
+    answer: Answer,
+    requests: Sequence[ChatRequest],
+    take: Callable[[int, Delta], Awaitable[None]],
+    *,
+    renamed: Mapping[str, str],
+) -> None:
+    """Every delta of all choices, as it comes, each with its choice's index. Raises DeadlineExceeded, and what the
+    answer raises, with the field as the client wrote it (`renamed`)."""
+    limit = requests[0].deadline_s
     # Whoever answers keeps the deadline; one that does not is not waited for.
     deadline = asyncio.timeout(None if limit is None else limit + DEADLINE_GRACE)
     try:
-        async with aclosing(merged(answer, call.requests)) as deltas, deadline:
-            await _relay(deltas, call, media_type, reply)
+        async with aclosing(merged(answer, requests)) as deltas, deadline:
+            async for index, delta in deltas:
+                await take(index, delta)
     except CausewayError as error:
-        error.param = call.renamed.get(error.param or "", error.param)
+        error.param = renamed.get(error.param or "", error.param)
         raise
     except TimeoutError:
         if deadline.expired():
@@ -177,21 +187,23 @@ async def _generate(answer: Answer, call: Generation, media_type: bytes, reply: 
         raise
 
 
-async def _relay(
-    deltas: AsyncGenerator[tuple[int, Delta], None], call: Generation, media_type: bytes, reply: Reply
-) -> None:
+async def _generate(answer: Answer, call: Generation, media_type: bytes, reply: Reply) -> None:
     encoder, held = call.encoder, b""
-    async for index, delta in deltas:
+
+    async def take(index: int, delta: Delta) -> None:
+        nonlocal held
         held += encoder.push(index, delta)
         if not call.stream:
-            continue
+            return
         if not reply.started:
             if not (delta.tokens or delta.text or delta.tool_calls or delta.finish_reason):
-                continue  # nothing of the answer yet: an error still can have its own status
+                return  # nothing of the answer yet: an error still can have its own status
             await reply.stream(media_type, encoder.fail, delta.route)
         if held:
             await reply.write(held, more=True)
             held = b""
+
+    await consume(answer, call.requests, take, renamed=call.renamed)
     held += encoder.end()
     await (reply.write(held, more=False) if call.stream else reply.whole(held, encoder.route))
 

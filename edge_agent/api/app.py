@@ -1,6 +1,7 @@
 """All surfaces of the edge in one application: one Agent, one guard, one way in; only the words differ."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -8,7 +9,9 @@ from edge_agent.api.anthropic import routes as anthropic
 from edge_agent.api.anthropic.write import error_body as anthropic_error
 from edge_agent.api.ollama import routes as ollama
 from edge_agent.api.ollama.write import error_body as ollama_error
-from edge_agent.api.openai import Keyring, answers, embeds, openai_app
+from edge_agent.api.openai import Keyring, answers, embeds, openai_app, tenant_of
+from edge_agent.api.responses import routes as responses
+from edge_agent.api.responses.store import ResponseStore
 from edge_agent.daemon import Daemon, model_cards
 from shared.guard import Guard, Shape
 from shared.replies import error_body
@@ -29,6 +32,7 @@ def edge_app(daemon: Daemon, *, keys: Keyring | None, guard: Guard) -> FastAPI:
 
     anthropic.add_anthropic(app, answer_for, count_for)
     ollama.add_ollama(app, answer_for, known=known, embed_for=embeds(daemon, keys))
+    responses.add_responses(app, partial(tenant_of, keys), answer_for, ResponseStore())
     return app
 
 

@@ -75,6 +75,11 @@ class Gathered:
         calls = list(self.calls.values())
         return calls[:-1] if self.reason == "length" and calls and not _complete(calls[-1]) else calls
 
+    @property
+    def sound_calls(self) -> list[Called]:
+        """Those whose arguments are an object."""
+        return [call for call in self.calls.values() if _complete(call)]
+
 
 def _complete(call: Called) -> bool:
     try:

@@ -41,12 +41,16 @@ def openai_app(
     )
 
 
+def tenant_of(keys: Keyring | None, headers: Mapping[str, str]) -> str:
+    """Whose request it is; empty where clients show no key. Raises Unauthorized."""
+    return keys.tenant_of(headers) if keys is not None else ""
+
+
 def answers(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]], Answer]:
     """By a request's headers, who answers it: on every surface."""
 
     def answer_for(headers: Mapping[str, str]) -> Answer:
-        tenant = keys.tenant_of(headers) if keys is not None else ""
-        return daemon.intake.of(Caller(tenant, parse_control(headers.get("cache-control"))))
+        return daemon.intake.of(Caller(tenant_of(keys, headers), parse_control(headers.get("cache-control"))))
 
     return answer_for
 
@@ -55,8 +59,7 @@ def embeds(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]]
     """By a request's headers, who makes its embeddings: on every surface."""
 
     def embed_for(headers: Mapping[str, str]) -> Embed:
-        if keys is not None:
-            keys.tenant_of(headers)
+        tenant_of(keys, headers)
         if daemon.embedder is None:
             raise UnknownModel("this device makes no embeddings", param="model")
         return daemon.embedder
