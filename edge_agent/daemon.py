@@ -162,10 +162,11 @@ def _of_cache(stats: Mapping[str, Any]) -> Iterator[Metric]:
     for use, count in stats["requests"].items():
         uses.add_metric((use,), count)
     yield uses
-    for name in ("hits", "misses", "evictions", "errors"):
+    for name in ("hits", "misses", "evictions", "errors", "suspected"):
         counted = CounterMetricFamily(f"causeway_cache_{name}", f"{name} of a layer", labels=("layer",))
         for layer, said in stats["layers"].items():
-            counted.add_metric((layer,), said[name])
+            if name in said:
+                counted.add_metric((layer,), said[name])
         yield counted
     size = GaugeMetricFamily("causeway_cache_bytes", "Kept in a layer", labels=("layer",))
     for layer, said in stats["layers"].items():

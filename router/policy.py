@@ -23,7 +23,17 @@ from router.privacy.detect import MAX_WORD_CHARS, MAX_WORDS, Detector
 from router.privacy.kinds import KINDS, REGIONS
 from shared.schemas import MAX_OUTPUT_TOKENS, Label, Target
 
-__all__ = ["Breaker", "CacheRules", "InvalidPolicy", "Policy", "Problem", "Rule", "json_schema", "parse"]
+__all__ = [
+    "Breaker",
+    "CacheRules",
+    "InvalidPolicy",
+    "Policy",
+    "Problem",
+    "Rule",
+    "SemanticRules",
+    "json_schema",
+    "parse",
+]
 
 Mode = Literal["prefer_edge", "only_edge", "prefer_cloud", "only_cloud"]
 
@@ -114,6 +124,14 @@ class Goal(Written):
         return self
 
 
+class SemanticRules(Written):
+    """Answers to questions that say the same in other words. Off unless it is written."""
+
+    threshold: Annotated[
+        float, Field(ge=0.5, le=1, description="least cosine of two questions' vectors; the guards decide in any case")
+    ] = 0.85
+
+
 class CacheRules(Written):
     """Which answers are kept, to be served again to the same question. The README of the edge agent has the rest."""
 
@@ -126,6 +144,9 @@ class CacheRules(Written):
     shared: Annotated[bool, Field(description="keep answers to free requests in the shared Redis, if there is one")] = (
         True
     )
+    semantic: Annotated[
+        SemanticRules | None, Field(description="serve an answer to the same question in other words; none: never")
+    ] = None
 
 
 class Breaker(Written):

@@ -1,6 +1,7 @@
 """What a cache of answers is made of: an entry, what is looked for, and what each layer of it must be able to do."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import msgspec
@@ -82,6 +83,16 @@ class LayerStats:
     size: int | None = None
     evictions: int = 0
     errors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ApproximateStats(LayerStats):
+    """Of a layer that may be wrong: answers from there that the caller asked anew at once, their share in all from
+    there, and how often each guard kept apart what looked alike."""
+
+    suspected: int = 0
+    false_hit_rate: float = 0.0
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 class Layer(Protocol):
