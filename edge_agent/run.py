@@ -55,7 +55,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
     async with AsyncExitStack() as closing:
         if history is not None:
             closing.callback(history.close)
-        cloud, local = cloud_backend(settings), _local(settings)
+        cloud, local = cloud_backend(settings), _local(settings, state)
         if cloud is not None:
             closing.push_async_callback(cloud.aclose)
             cloud.start()  # connects while the model loads
@@ -99,7 +99,7 @@ def _history(state: Path) -> History | None:
         return None
 
 
-def _local(settings: EdgeSettings) -> Library:
+def _local(settings: EdgeSettings, state: Path) -> Library:
     store = default_store(os.environ, Path.home())
 
     def open_backend(file: Path) -> LlamaBackend:
@@ -109,6 +109,9 @@ def _local(settings: EdgeSettings) -> Library:
             context=settings.context,
             threads=settings.threads,
             queue=settings.queue,
+            prefix_bytes=settings.prefix_memory_mb << 20,
+            saved=state / "prefixes",
+            saved_bytes=settings.prefix_disk_mb << 20,
         )
 
     return Library(

@@ -54,6 +54,11 @@ class EdgeSettings(Settings):
     """Keep answers, to serve them again to the same question; the policy says which."""
     cache_memory_mb: Annotated[int, Field(ge=0, le=1 << 16)] = 32
     cache_memory_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
+    prefix_memory_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 128
+    """MiB of memory for what was computed of prompts and has no slot any more."""
+    prefix_disk_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 256
+    """MiB in the state folder for the same between two starts; 0: none. Readable there are the tokens of prompts and
+    answers, but of none that is labelled `edge_only` or `redact`."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     keys: Path | None = None

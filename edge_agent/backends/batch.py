@@ -6,13 +6,14 @@ with it the reaction to a cancelled request, takes about STEP_S on any machine.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.backends.prefixes import MIN_TOKENS, Kept, Prefixes, common
 from edge_agent.backends.sampling import Ids, Sampler
 from edge_agent.backends.text import TextStream
 from shared.errors import BadRequest, CausewayError, UpstreamFailed
@@ -38,6 +39,9 @@ class Runtime(Protocol):
     def logits(self) -> NDArray[np.float32]: ...
     def keep(self, sequence: int, length: int) -> None: ...
     def share(self, source: int, target: int, length: int) -> None: ...
+    def state_size(self, sequence: int) -> int: ...
+    def state(self, sequence: int) -> bytes: ...
+    def restore(self, sequence: int, state: bytes) -> bool: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +52,8 @@ class Job:
     prompt: Ids
     sampler: Sampler
     text: TextStream
+    private: bool = False
+    """What is computed of it must not be written to disk."""
     cancelled: bool = False
 
 
@@ -63,6 +69,8 @@ class Slot:
         self.length = 0
         self.end = 0
         self.job: Job | None = None
+        self.public = 0
+        """How many of its tokens may be written to disk, where no running request needs them."""
         self.released = 0
 
     @property
@@ -71,18 +79,24 @@ class Slot:
         return self.end - self.length
 
     def shared_prefix(self, prompt: Ids) -> int:
-        size = min(self.length, len(prompt) - 1)  # the last token of a prompt is always computed: its logits are needed
-        different = np.flatnonzero(self.tokens[:size] != prompt[:size])
-        return int(different[0]) if len(different) else size
+        # The last token of a prompt is always computed: its logits are needed.
+        return common(self.tokens[: self.length], prompt[:-1])
 
 
 class Batcher:
-    """`admit` while there is a free slot, then `step`, for ever."""
+    """`admit` while there is a free slot, then `step`, for ever. What leaves a slot may come back from `prefixes`."""
 
-    def __init__(self, runtime: Runtime, slots: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        slots: int,
+        clock: Callable[[], float] = time.perf_counter,
+        prefixes: Prefixes | None = None,
+    ) -> None:
         self.tokens_per_s: float | None = None
         self.prefill_tokens_per_s: float | None = None
         self._runtime = runtime
+        self._prefixes = prefixes or Prefixes(0)
         self._slots = [Slot(index, runtime.context_length) for index in range(slots)]
         self._clock = clock
         self._releases = 0
@@ -99,21 +113,62 @@ class Batcher:
         """Put a request into the free slot that saves most: where its prompt's beginning is, else next to running ones
         (llama.cpp computes neighbours together), else the longest unused."""
         free = [slot for slot in self._slots if slot.job is None]
-        best, common = self._slots[0], 0
+        best, shared = self._slots[0], 0
         if self._runtime.can_cut:
-            best, common = max(
+            best, shared = max(
                 ((slot, slot.shared_prefix(job.prompt)) for slot in self._slots), key=lambda pair: pair[1]
             )
         slot = min(free, key=lambda slot: (-self._neighbours(slot), slot.released))
-        if best.job is None and common * 2 >= best.length:
+        if best.job is None and shared * 2 >= best.length:
             slot = best
-        elif common and best is not slot:
-            self._runtime.share(best.index, slot.index, common)
-        self._runtime.keep(slot.index, common)
-        slot.length, slot.end = common, len(job.prompt)
+        kept, length = self._prefixes.longest(job.prompt)
+        public = best.public
+        self._set_aside(slot, shared if slot is best else 0)
+        if kept is not None and length >= shared + MIN_TOKENS:
+            shared, public = (length if self._bring_back(slot, kept) else 0), 0 if kept.private else length
+        elif shared and best is not slot:
+            self._runtime.share(best.index, slot.index, shared)
+        self._runtime.keep(slot.index, shared)
+        slot.length, slot.end = shared, len(job.prompt)
         slot.tokens[: slot.end] = job.prompt
-        slot.job = job
-        job.text.cached_tokens = common
+        slot.job, slot.public = job, min(public, shared) if job.private else len(slot.tokens)
+        job.text.cached_tokens = shared
+
+    def restore(self, kept: list[Kept]) -> None:
+        """Put what was computed earlier, the most recently used first, into the slots, and the rest where it can be
+        brought back from. Only while nothing runs."""
+        if not self._runtime.can_cut:
+            return
+        for slot, one in zip(self._slots, kept, strict=False):
+            if self._bring_back(slot, one):
+                slot.length = slot.end = slot.public = len(one.tokens)
+                slot.tokens[: slot.length] = one.tokens
+                slot.released = -slot.index
+        for one in reversed(kept[len(self._slots) :]):
+            self._prefixes.put(one)
+
+    def keepsakes(self) -> Iterator[Kept]:
+        """What is computed, may be of use again and may be written to disk, the most recently used first. Trims slots
+        to it, so nothing may run any more."""
+        for slot in sorted(self._slots, key=lambda slot: slot.released, reverse=True) if self._runtime.can_cut else []:
+            if slot.job is None and min(slot.length, slot.public) >= MIN_TOKENS:
+                if slot.public < slot.length:
+                    slot.length = slot.public
+                    self._runtime.keep(slot.index, slot.length)
+                yield Kept(slot.tokens[: slot.length], self._runtime.state(slot.index), private=False)
+        yield from (kept for kept in self._prefixes.kept if not kept.private)
+
+    def _set_aside(self, slot: Slot, shared: int) -> None:
+        """Copy out what a request will overwrite, beyond the beginning that it shares."""
+        if slot.length >= shared + MIN_TOKENS:
+            size = self._runtime.state_size(slot.index)
+            tokens = slot.tokens[: slot.length]
+            self._prefixes.add(tokens, size, lambda: self._runtime.state(slot.index), private=slot.public < slot.length)
+
+    def _bring_back(self, slot: Slot, kept: Kept) -> bool:
+        if len(kept.tokens) > self._runtime.context_length:
+            return False
+        return self._runtime.restore(slot.index, kept.state)
 
     def _neighbours(self, slot: Slot) -> int:
         return sum(other.job is not None and abs(other.index - slot.index) == 1 for other in self._slots)

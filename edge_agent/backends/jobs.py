@@ -86,6 +86,7 @@ class Jobs:
                 max_tokens=min(room, sampling.max_tokens or room),
                 tools=self._reader(request),
             ),
+            private=request.label != "free",
         )
 
     def _reader(self, request: ChatRequest) -> ToolReader | None:

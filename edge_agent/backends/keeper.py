@@ -98,7 +98,14 @@ class Keeper:
         """From birth to death. Returns in how many seconds the next may begin; None if the first never served."""
         loop = asyncio.get_running_loop()
         self._ready, self._dead = loop.create_future(), loop.create_future()
-        child = await Child.start(self._take, self._on_death)
+        try:
+            child = await Child.start(self._take, self._on_death)
+        except OSError as full:
+            self._dead.set_result(f"cannot be started: {full.strerror}")
+            if first.done():
+                return self._fallen(self._dead.result())
+            first.set_exception(UpstreamFailed(f"the model's process {self._dead.result()}", source="edge"))
+            return None
         try:
             child.send(self._load)
             await asyncio.wait((self._ready, self._dead), return_when=asyncio.FIRST_COMPLETED)
@@ -137,21 +144,22 @@ class Keeper:
     async def _watch(self, child: Child, dead: "asyncio.Future[str]") -> None:
         """Until it is dead. An idle process is left alone."""
         rules, loop = self._rules, asyncio.get_running_loop()
-        asked_at: float | None = None
+        watching = False
         while not dead.done():
+            slept = loop.time()
             await asyncio.wait((dead,), timeout=rules.beat_s)
             if not self._busy():
-                asked_at = None
+                watching = False
                 continue
-            if asked_at is None:
-                asked_at = self._heard_at = loop.time()
-                self._busy_s = 0.0
+            if not watching or loop.time() - slept > 2 * rules.beat_s:  # the whole machine may have slept
+                watching, self._heard_at, self._busy_s = True, loop.time(), 0.0
             if loop.time() - self._heard_at > rules.silent_s:
                 child.kill(f"gave no sign of life for {rules.silent_s:g} s")
             elif self._busy_s > rules.stuck_s:
                 child.kill(f"was at one step for more than {rules.stuck_s:g} s")
             else:
-                child.send(Ping())
+                with suppress(CausewayError):  # it takes nothing in: then it gives no sign of life either
+                    child.send(Ping())
 
     async def _end(self, child: Child) -> None:
         if self._dead is not None and not self._dead.done():

@@ -24,8 +24,8 @@ from shared.models import model_name
 from shared.schemas import ChatRequest, Delta, ModelCard
 
 MAX_RETRY_AFTER_S = 30.0
-PATIENCE_S = 2.0
-"""A pause longer than this is not waited out: who waits is told when to come back."""
+PATIENCE_S = 1.5
+"""Without a process for longer than this, who waits is told to come back: nobody is left without a word for 2 s."""
 MAX_MAILBOX = 8192
 """Pieces of one answer that nobody has taken yet."""
 MAX_COUNTS = 256
@@ -79,7 +79,8 @@ class LlamaBackend:
     """A LocalBackend. Belongs to the event loop that `start` runs on.
 
     `context` is what one request may use, prompt and output together, at most what the model was trained for; `queue`
-    how many may wait for one of the `slots`.
+    how many may wait for one of the `slots`. `prefix_bytes` of memory hold what was computed and has no slot any more;
+    `saved_bytes` on disk, in the folder `saved`, keep it from one start to the next.
     """
 
     def __init__(
@@ -90,6 +91,9 @@ class LlamaBackend:
         context: int | None = None,
         threads: int | None = None,
         queue: int = 64,
+        prefix_bytes: int = 0,
+        saved: Path | None = None,
+        saved_bytes: int = 0,
         rules: KeeperRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,10 +105,20 @@ class LlamaBackend:
         self._numbers = 0
         self._up = self._closed = False
         self._back_at = 0.0
+        self._losing_patience: asyncio.TimerHandle | None = None
         self._clock = clock
         self._suspects = Suspects(clock)
         self._keeper = Keeper(
-            Load(str(path.absolute()), self._name, slots, context, threads),
+            Load(
+                str(path.absolute()),
+                self._name,
+                slots,
+                context,
+                threads,
+                prefix_bytes,
+                str(saved.absolute()) if saved and saved_bytes else None,
+                saved_bytes,
+            ),
             received=self._on_frame,
             up=self._on_up,
             down=self._on_down,
@@ -238,19 +252,28 @@ class LlamaBackend:
     def _on_up(self, ready: Ready) -> None:
         self._context_length = ready.context_length
         self._up = not self._closed
-        for asked in self._asked.values():
-            self._keeper.send(asked.frame)
+        for number, asked in list(self._asked.items()):
+            try:
+                self._keeper.send(asked.frame)
+            except CausewayError as error:
+                self._end(number, error)
 
     def _on_down(self, why: str, back_in: float) -> None:
-        """Who was held gets an error at once; who waited goes on waiting if that is not for long."""
+        """Who was held gets an error at once; who waited goes on waiting, but not for long."""
         self._up = False
         self._back_at = self._clock() + back_in
+        if self._losing_patience is not None:
+            self._losing_patience.cancel()
+        self._losing_patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._lose_patience)
         for asked in self._asked.values():
             if asked.held:
                 self._suspects.crashed(asked.mark)
         held = UpstreamFailed(f"the local model's process {why} while it answered this", source="edge", retry_after=1.0)
-        waits = back_in <= PATIENCE_S
-        self._fail_all(lambda asked: held if asked.held else None if waits else self._not_ready())
+        self._fail_all(lambda asked: held if asked.held else None)
+
+    def _lose_patience(self) -> None:
+        if not self._up:
+            self._fail_all(lambda _: self._not_ready())
 
     def _fail_all(self, error_of: Callable[[_Asked], CausewayError | None]) -> None:
         for number, asked in list(self._asked.items()):

@@ -9,6 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,11 @@ class Native:
         self._slots = slots
 
     @property
+    def version(self) -> str:
+        """Of the library and of the format that it keeps a sequence's state in."""
+        return f"{metadata.version('llama-cpp-python')}/{self._api.LLAMA_STATE_SEQ_VERSION}"
+
+    @property
     def chat_template(self) -> str | None:
         text = self._api.llama_model_chat_template(self._model, None)
         return None if text is None else text.decode("utf-8", errors="replace")
@@ -133,6 +139,24 @@ class Native:
         """Let a sequence be another's first `length` tokens. Copies the whole, then trims it: needs `can_cut`."""
         self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
         self.keep(target, length)
+
+    def state_size(self, sequence: int) -> int:
+        return int(self._api.llama_state_seq_get_size(self._context, sequence))
+
+    def state(self, sequence: int) -> bytes:
+        """All that is computed of a sequence, in llama.cpp's own format; empty if it cannot be had."""
+        size = self.state_size(sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        written = int(self._api.llama_state_seq_get_data(self._context, buffer, size, sequence))
+        return bytes(memoryview(buffer)[:written])
+
+    def restore(self, sequence: int, state: bytes) -> bool:
+        """Put it in place of what the sequence was; False, and the sequence is empty, if it does not fit."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        read = int(self._api.llama_state_seq_set_data(self._context, data, len(state), sequence))
+        if read != len(state):
+            self.keep(sequence, 0)
+        return read == len(state)
 
     def close(self) -> None:
         with self._tokenizing:

@@ -55,6 +55,11 @@ class Load(Frame, frozen=True):
     slots: int
     context: int | None = None
     threads: int | None = None
+    prefix_bytes: int = 0
+    """Of memory, for what left its slot."""
+    saved: str | None = None
+    """The folder where prefixes lie between two lives; `saved_bytes` is its limit."""
+    saved_bytes: int = 0
 
 
 class Ask(Frame, frozen=True):

@@ -43,6 +43,8 @@ from edge_agent.backends.pipe import (
     encode,
     to_model,
 )  # fmt: skip
+from edge_agent.backends.prefixes import Prefixes
+from edge_agent.backends.saved import Saved, fingerprint
 from edge_agent.backends.worker import Worker
 from shared.errors import BadFrame, CausewayError, Internal
 from shared.guides import Guide
@@ -108,8 +110,14 @@ class ModelProcess:
             admitted=self._admitted,
             post=self._post,
             failed=self._die,
+            prefixes=Prefixes(load.prefix_bytes),
+            saved=None if load.saved is None else partial(self._saved, load, Path(load.saved)),
         )
         self._worker.start()
+
+    def _saved(self, load: Load, folder: Path, native: Native) -> Saved:
+        mark = fingerprint(Path(load.path), runtime=native.version)
+        return Saved(folder, load.saved_bytes, mark, self._log)
 
     def _opened(self, name: str, result: Native | CausewayError) -> None:
         try:

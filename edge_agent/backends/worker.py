@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from edge_agent.backends.batch import Batcher, Event, Job
 from edge_agent.backends.native import Native
+from edge_agent.backends.prefixes import Prefixes
+from edge_agent.backends.saved import Saved
 from shared.errors import CausewayError
 
 
@@ -26,9 +28,12 @@ class Worker:
         admitted: Callable[[Job], None],
         post: Callable[[Batcher, list[Event]], None],
         failed: Callable[[Exception], None],
+        prefixes: Prefixes | None = None,
+        saved: Callable[[Native], Saved] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = slots
+        self._prefixes, self._saved = prefixes, saved
         self._open = open_model
         self._opened, self._admitted, self._post, self._failed = opened, admitted, post, failed
         self._clock = clock
@@ -78,13 +83,18 @@ class Worker:
             self._failed(error)
             return
         try:
-            batcher = Batcher(native, self._slots)
+            batcher = Batcher(native, self._slots, prefixes=self._prefixes)
+            saved = None if self._saved is None else self._saved(native)
+            if saved is not None:
+                saved.load(batcher.restore)
             self._opened(native)
             while self._next(batcher):
                 self._step_since = self._clock()
                 events = batcher.step()
                 self._step_since = None
                 self._post(batcher, [event for event in events if not event[0].cancelled])
+            if saved is not None:
+                saved.save(batcher.keepsakes())
         except Exception as error:
             self._failed(error)
         finally:

@@ -136,14 +136,22 @@ async def test_with_tls_and_keys_it_speaks_https_to_whoever_has_a_key(
 
 
 async def test_options_reach_the_local_model(tmp_path: Path, llama: type[Llama]) -> None:
-    """Slots, context, threads and queue are what was set."""
+    """Slots, context, threads, queue and what may be kept of prompts are what was set."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        given = settings(tmp_path, slots=3, context=512, threads=2, queue=9)
+        given = settings(tmp_path, slots=3, context=512, threads=2, queue=9, prefix_memory_mb=1, prefix_disk_mb=2)
         with pytest.raises(InvalidSettings):
             await run(given.model_copy(update={"port": taken.getsockname()[1]}))
 
     assert llama.made[0].path == tmp_path / "m.gguf"
-    assert llama.made[0].options == {"slots": 3, "context": 512, "threads": 2, "queue": 9}
+    assert llama.made[0].options == {
+        "slots": 3,
+        "context": 512,
+        "threads": 2,
+        "queue": 9,
+        "prefix_bytes": 1 << 20,
+        "saved": tmp_path / "state" / "prefixes",
+        "saved_bytes": 2 << 20,
+    }
 
 
 async def test_a_watch_that_breaks_does_not_end_the_daemon() -> None:

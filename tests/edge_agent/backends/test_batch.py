@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.backends.batch import MIN_CHUNK, Batcher, Job
+from edge_agent.backends.prefixes import Kept, Prefixes
 from edge_agent.backends.sampling import Sampler
 from edge_agent.backends.text import TextStream
 from shared.errors import CausewayError, UpstreamFailed
@@ -46,7 +47,8 @@ class FakeRuntime:
         self.can_cut = can_cut
         self.cache: dict[int, list[int]] = {}
         self.steps: list[dict[int, int]] = []
-        self.broken = False
+        self.broken = self.refuses = False
+        self.copied = self.brought_back = 0
         self._rows: list[np.ndarray] = []
 
     def decode(self, count: int) -> bool:
@@ -75,6 +77,18 @@ class FakeRuntime:
         assert source != target
         assert len(self.cache[source]) >= length
         self.cache[target] = self.cache[source][:length]
+
+    def state_size(self, sequence: int) -> int:
+        return len(self.cache.get(sequence, []))
+
+    def state(self, sequence: int) -> bytes:
+        self.copied += 1
+        return bytes(self.cache.get(sequence, []))
+
+    def restore(self, sequence: int, state: bytes) -> bool:
+        self.brought_back += 1
+        self.cache[sequence] = [] if self.refuses else list(state)
+        return not self.refuses
 
 
 class Client:
@@ -111,8 +125,11 @@ def finish(batcher: Batcher) -> None:
     pytest.fail("it never ends")
 
 
-prompts = st.lists(st.integers(0, 2), min_size=1, max_size=90)
-"""Three tokens only, so that prompts often begin alike."""
+prompts = st.one_of(
+    st.lists(st.integers(0, 2), min_size=1, max_size=90),
+    st.builds(lambda kind, rest: [kind] * 100 + rest, st.integers(0, 2), st.lists(st.integers(0, 2), max_size=30)),
+)
+"""Three tokens only, so that prompts often begin alike, and some of them long enough to be set aside."""
 
 
 @settings(max_examples=80, deadline=None)
@@ -120,13 +137,14 @@ prompts = st.lists(st.integers(0, 2), min_size=1, max_size=90)
     st.lists(st.tuples(prompts, st.integers(1, 20), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=12),
     st.integers(1, 4),
     st.booleans(),
+    st.sampled_from([0, 300, 100_000]),
 )
 def test_every_answer_is_what_it_would_be_alone(
-    requests: list[tuple[list[int], int, int, int]], slots: int, can_cut: bool
+    requests: list[tuple[list[int], int, int, int]], slots: int, can_cut: bool, budget: int
 ) -> None:
-    """Whatever runs beside it, begins like it, came before it in its slot or is cancelled next to it."""
+    """Whatever runs beside it, begins like it, came before it in its slot, was set aside or is cancelled next to it."""
     runtime = FakeRuntime(can_cut=can_cut)
-    batcher = Batcher(runtime, slots)
+    batcher = Batcher(runtime, slots, prefixes=Prefixes(budget))
     clients = []
     for prompt, count, steps, cancelled in requests:
         while batcher.running == slots:
@@ -212,6 +230,62 @@ def test_a_beginning_is_taken_over_from_a_busy_slot() -> None:
     assert isinstance(last, Delta)
     assert last.usage is not None
     assert last.usage.cached_tokens == 30
+
+
+def answer_of(batcher: Batcher, prompt: list[int], count: int = 3, *, private: bool = False) -> int:
+    """Checks the answer; returns how many tokens of the prompt were found."""
+    client = Client(prompt, count)
+    client.job.private = private
+    batcher.admit(client.job)
+    finish(batcher)
+    assert client.text == alone(prompt, count)
+    last = client.events[-1]
+    assert isinstance(last, Delta)
+    assert last.usage is not None
+    return last.usage.cached_tokens
+
+
+def test_what_left_its_slot_is_brought_back() -> None:
+    """One slot, two system prompts in turn: each is computed once; without memory for it, each time."""
+    prompts = [[1] * 100, [2] * 100]
+    for budget, found in ((100_000, 100), (0, 0)):
+        runtime = FakeRuntime()
+        batcher = Batcher(runtime, 1, prefixes=Prefixes(budget))
+        for prompt in prompts:
+            assert answer_of(batcher, [*prompt, 0, 1]) == 0
+        assert [answer_of(batcher, [*prompt, 0, 2]) for prompt in prompts] == [found and found + 1] * 2
+        assert runtime.brought_back == (2 if budget else 0)
+
+
+def test_a_state_that_does_not_go_back_is_computed_again() -> None:
+    """The answer is the same; nothing is taken for found."""
+    runtime = FakeRuntime()
+    batcher = Batcher(runtime, 1, prefixes=Prefixes(100_000))
+    answer_of(batcher, [1] * 100)
+    answer_of(batcher, [2] * 100)
+    runtime.refuses = True
+
+    assert answer_of(batcher, [1] * 101) == 0
+    assert runtime.brought_back == 1
+
+
+def test_what_was_kept_serves_the_next_life() -> None:
+    """From slots and memory, most recently used first; what is private is not among it; what has no slot now waits in
+    memory; no state that is longer than a context is tried."""
+    before = Batcher(FakeRuntime(), 2, prefixes=Prefixes(100_000))
+    for token in (3, 4, 5, 6):
+        answer_of(before, [token] * 100)
+    answer_of(before, [7] * 100, private=True)
+    answer_of(before, [*[6] * 90, *[7] * 100], private=True)
+    kept = list(before.keepsakes())
+    runtime = FakeRuntime()
+    after = Batcher(runtime, 2, prefixes=Prefixes(100_000))
+    after.restore([*kept, Kept(np.zeros(CONTEXT + 1, np.int32), b"", private=False)])
+
+    assert sorted(int(one.tokens[0]) for one in kept) == [3, 4, 5, 6]
+    assert all(7 not in one.tokens.tolist() for one in kept)
+    assert [answer_of(after, [*[token] * 100, 0]) for token in (3, 6, 4, 5)] == [100, 90, 100, 100]
+    assert answer_of(after, [7] * 100) == 0
 
 
 def test_a_step_that_fails_ends_its_requests_and_no_other() -> None:

@@ -312,6 +312,25 @@ async def test_a_request_that_was_there_at_two_deaths_is_refused(narrow: LlamaBa
     assert text_of(await answer(narrow, ask("Count!", max_tokens=2)))
 
 
+async def test_who_waits_for_a_process_that_does_not_come_back_is_told_so(model_path: Path) -> None:
+    """Within two seconds, and when to come back; what is asked later is answered."""
+    rules = KeeperRules(first_delay_s=4.0)
+    async with started(model_path, slots=1, context=256, rules=rules) as backend:
+        running = asyncio.create_task(answer(backend, ask("Count.", max_tokens=200, ignore_eos=True)))
+        await until(lambda: backend.reading().running == 1)
+        waiting = asyncio.create_task(answer(backend, ask("Say hello.")))
+        await until(lambda: backend.reading().queue_depth == 1)
+        process_of(backend).kill()
+        async with asyncio.timeout(GONE_S + 1):
+            ends = await asyncio.gather(running, waiting, return_exceptions=True)
+        await until(lambda: backend.reading().available)
+
+        assert [type(end) for end in ends] == [UpstreamFailed, Overloaded]
+        assert isinstance(ends[1], Overloaded)
+        assert ends[1].retry_after is not None
+        assert text_of(await answer(backend, ask("Say hello.", max_tokens=2)))
+
+
 async def test_a_process_that_hangs_is_ended(model_path: Path) -> None:
     """It is asked for a sign of life while it works; without one its requests end with an error, and it is replaced."""
     rules = KeeperRules(beat_s=0.1, silent_s=1.0)
@@ -341,3 +360,27 @@ async def test_closing_ends_the_process_also_while_it_restarts(model_path: Path)
 
         assert not first.is_running()
         assert not {child.pid for child in psutil.Process().children()} - before
+
+
+async def test_a_system_prompt_is_not_computed_again_not_even_after_a_restart(model_path: Path, tmp_path: Path) -> None:
+    """The answers stay the same; the usage says what was found. Nothing of an edge-only request is on disk."""
+    system = " ".join(f"Rule {number}: be kind." for number in range(20))
+    requests = [raw(f"{system} Name a {name}.", label) for name, label in (("colour", "free"), ("secret", "edge_only"))]
+    options: dict[str, Any] = {"slots": 1, "context": 256, "saved": tmp_path / "p", "saved_bytes": 1 << 26}
+    told = []
+    for _ in range(2):
+        async with started(model_path, **options, prefix_bytes=1 << 26) as backend:
+            told.append([await answer(backend, request) for request in requests])
+    cached = [[deltas[-1].usage.cached_tokens for deltas in life if deltas[-1].usage] for life in told]
+
+    assert [text_of(deltas) for deltas in told[0]] == [text_of(deltas) for deltas in told[1]]
+    assert cached[0][0] == 0
+    assert min(cached[0][1], *cached[1]) > 64
+    async with started(model_path, **options) as backend:
+        found = await answer(backend, raw(requests[1].prompt or "", "edge_only"))
+    assert found[-1].usage is not None
+    assert cached[0][1] <= found[-1].usage.cached_tokens < found[-1].usage.prompt_tokens - 1
+
+
+def raw(prompt: str, label: Any) -> ChatRequest:
+    return ChatRequest(id="r", model="edge", prompt=prompt, label=label, sampling=Sampling(temperature=0, max_tokens=6))
