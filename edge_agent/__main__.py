@@ -112,6 +112,18 @@ def doctor(
 
 
 @app.command()
+def console(
+    url: Annotated[str, typer.Option(help="Where the daemon listens.")] = "http://127.0.0.1:8484",
+    state_dir: Annotated[Path | None, typer.Option(help="Its state folder; else the XDG one.")] = None,
+) -> None:
+    """Print the address of the administrator's page, with the token in it: keep it to yourself."""
+    from edge_agent.api.credentials import admin_token, state_folder
+
+    token = admin_token(state_dir or state_folder(os.environ, Path.home()))
+    typer.echo(f"{url.rstrip('/')}/console/#token={token}")
+
+
+@app.command()
 def chat(
     url: Annotated[str, typer.Option(help="Where the daemon listens.")] = "http://127.0.0.1:8484",
     model: Annotated[str, typer.Option(help="auto, edge, cloud or a real model's name.")] = "auto",

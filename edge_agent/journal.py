@@ -26,7 +26,7 @@ class Journal:
     """`write` puts a row on its way; `close` writes what is pending."""
 
     def __init__(self, path: Path, *, max_rows: int = MAX_ROWS) -> None:
-        self._path, self._max_rows = path, max_rows
+        self.path, self._max_rows = path, max_rows
         self._pending: queue.Queue[Recorded | None] = queue.Queue(MAX_PENDING)
         self.lost = 0
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
@@ -53,7 +53,7 @@ class Journal:
 
     def _write(self) -> None:
         try:
-            database = _opened(self._path)
+            database = _opened(self.path)
         except (sqlite3.Error, OSError) as error:
             structlog.get_logger("causeway.journal").warning("decisions are not recorded", error=str(error))
             return

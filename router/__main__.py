@@ -19,7 +19,7 @@ from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeature
 from router.observe import observe
 from router.policy import InvalidPolicy, Policy, json_schema, parse
 from router.records import MAX_ROWS, read
-from router.replay import replay, said
+from router.replay import plain, replay, said
 from shared.errors import BadRequest, CausewayError
 from shared.schemas import LABELS, ChatRequest, Label, Message, Sampling
 
@@ -92,8 +92,7 @@ def replay_journal(
         typer.echo(f"{journal}: {error}", err=True)
         raise typer.Exit(1) from None
     if as_json:
-        moved = [{"from": before, "to": after, "count": n} for (before, after), n in comparison.moved.most_common()]
-        typer.echo(json.dumps({**dataclasses.asdict(comparison), "moved": moved, "changed": comparison.changed}))
+        typer.echo(json.dumps(plain(comparison)))
         return
     off = {"first token": comparison.first_token_error_s, "whole answer": comparison.total_error_s}
     errors = ", ".join(f"{what} {seconds * 1000:.0f} ms" for what, seconds in off.items() if seconds is not None)

@@ -8,4 +8,9 @@ NAME = "default_policy.yaml"
 
 
 def default_policy() -> Policy:
-    return parse((resources.files("router") / NAME).read_bytes(), name=NAME)
+    return parse(default_source(), name=NAME)
+
+
+def default_source() -> bytes:
+    """As it is written."""
+    return (resources.files("router") / NAME).read_bytes()

@@ -101,12 +101,17 @@ def decoded(raw: bytes) -> Recorded:
 
 
 def read(path: Path, *, limit: int = MAX_ROWS) -> Iterator[Recorded]:
-    """The newest `limit` records, oldest first; those that another version wrote are passed over. Raises OSError or
-    sqlite3.Error where the file cannot be read."""
+    """The newest `limit` records, oldest first; raises as `newest` does."""
+    return (record for _, record in newest(path, limit=limit))
+
+
+def newest(path: Path, *, after: int = 0, limit: int = MAX_ROWS) -> Iterator[tuple[int, Recorded]]:
+    """The newest `limit` records with a number above `after`, oldest first, each with its number; those that another
+    version wrote are passed over. Raises OSError or sqlite3.Error where the file cannot be read."""
     if not path.is_file():
         raise FileNotFoundError(f"no journal at {path}")
-    newest = "SELECT id, recorded FROM decisions ORDER BY id DESC LIMIT ?"
+    found = "SELECT id, recorded FROM decisions WHERE id > ? ORDER BY id DESC LIMIT ?"
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-        for _, raw in database.execute(f"SELECT * FROM ({newest}) ORDER BY id", (limit,)):  # noqa: S608 - a constant
+        for number, raw in database.execute(f"SELECT * FROM ({found}) ORDER BY id", (after, limit)):  # noqa: S608
             with contextlib.suppress(ValueError):
-                yield decoded(raw)
+                yield number, decoded(raw)

@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from router.decide import Decision, decide
 from router.policy import Policy
@@ -100,6 +101,13 @@ class _Speed:
             return None
         nearest = sorted(self._seen, key=lambda one: abs(one[0] - prompt_tokens))[:NEIGHBOURS]
         return statistics.median(seconds for _, seconds in nearest)
+
+
+def plain(comparison: Comparison) -> dict[str, Any]:
+    """Its fields as JSON knows them."""
+    moved = [{"from": old, "to": new, "count": count} for (old, new), count in comparison.moved.most_common()]
+    fields = {name: getattr(comparison, name) for name in Comparison.__dataclass_fields__}
+    return {**fields, "moved": moved, "rules": dict(comparison.rules), "changed": comparison.changed}
 
 
 def said(comparison: Comparison) -> str:

@@ -3,7 +3,7 @@
 Pure ASGI, so that a client's leaving is seen behind it. Every check is here once, for HTTP and WebSocket alike:
 
 - Host names this server (loopback, or configured): a web page cannot reach us by rebinding its own name.
-- Origin, if sent, is allow-listed: a browser's page cannot use us through "simple" requests or WebSocket.
+- Origin, if sent, is allow-listed or, over HTTP, our own (the console's): no other page can use us.
 - A body is application/json, unencoded, under the limit as it arrives, and arrives in time.
 - Any exception from inside becomes a typed error object; its message, which may hold a prompt, is not logged.
 """
@@ -62,7 +62,7 @@ class Guard:
             raise HeadersTooLarge("too many or too long headers")
         self._check_host(_values(headers, b"host"))
         for origin in _values(headers, b"origin"):
-            if origin not in self.origins:
+            if origin not in self.origins and origin != _own_origin(scope):
                 raise Forbidden("this Origin is not allowed", param="origin")
         if scope["type"] == "http":
             self._check_body(scope["method"], headers)
@@ -93,6 +93,13 @@ class Guard:
 
     def too_large(self) -> TooLarge:
         return TooLarge(f"the body may have at most {self.max_body} bytes")
+
+
+def _own_origin(scope: Scope) -> str | None:
+    """What a page that this server itself served says it is, over HTTP. Its Host has passed the check."""
+    if scope["type"] != "http":
+        return None
+    return f"{scope.get('scheme', 'http')}://{''.join(_values(scope['headers'], b'host'))}"
 
 
 class Guarded:

@@ -1,4 +1,4 @@
-"""Administration: everything under /admin needs the token, also what is not there.
+"""Administration: everything under /admin needs a credential, also what is not there. `policies.py` has the rest of it.
 
 GET  /admin/status   who answered, the device, the link, the policy in force
 POST /admin/reload   read the policy and the settings again, now; says which settings wait for a restart
@@ -7,67 +7,88 @@ POST /admin/cache/clear   forget all answers, in every layer
 """
 
 import dataclasses
-import hmac
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.convertors import Convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, compile_path
 
-from edge_agent.api.credentials import bearer
-from edge_agent.api.models import Handler, model_handler
+from edge_agent.api.administrators import Administrator, Administrators, AdminRoute, Handler
+from edge_agent.api.models import model_routes
+from edge_agent.api.policies import PolicyAdministration
 from edge_agent.daemon import Daemon, health
 from edge_agent.policy_file import Snapshot
-from shared.errors import MethodNotAllowed, NotFound, Unauthorized
+from shared.errors import Forbidden, MethodNotAllowed, NotFound
+
+Pattern = tuple[tuple[re.Pattern[str], str, dict[str, Convertor[Any]]], AdminRoute]
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 
-def add_admin(app: FastAPI, daemon: Daemon, *, token: str, clock: Callable[[], float] = time.monotonic) -> None:
-    """One endpoint in front of all of /admin: the token is checked before the path is looked at."""
-    started = clock()
+def add_admin(
+    app: FastAPI,
+    daemon: Daemon,
+    *,
+    token: str,
+    keys_file: Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """One endpoint in front of all of /admin: who asks is checked before the path is looked at."""
+    started, administrators = clock(), Administrators(token, keys_file)
 
-    async def status() -> dict[str, Any]:
+    async def status(_: Request, __: Administrator) -> dict[str, Any]:
         return {"uptime_s": round(clock() - started, 3), **_status(daemon)}
 
-    async def reload() -> dict[str, Any]:
+    async def reload(_: Request, __: Administrator) -> dict[str, Any]:
         changes = await daemon.reload()
         return {
             "policy": _policy(daemon.policy.current, daemon.policy.failures),
             "settings": dataclasses.asdict(changes),
         }
 
-    async def clear() -> dict[str, Any]:
+    async def clear(_: Request, __: Administrator) -> dict[str, Any]:
         if daemon.cache is not None:
             await daemon.cache.clear()
         return {"cache": None if daemon.cache is None else daemon.cache.stats()}
 
-    handlers: dict[str, tuple[str, Handler]] = {
-        "/admin/status": ("GET", status),
-        "/admin/reload": ("POST", reload),
-        "/admin/cache/clear": ("POST", clear),
-    }
+    routes = [
+        AdminRoute("GET", "/admin/status", "read", status),
+        AdminRoute("POST", "/admin/reload", "activate", reload),
+        AdminRoute("POST", "/admin/cache/clear", "activate", clear),
+        *model_routes(daemon.local),
+        *PolicyAdministration(daemon).routes(),
+    ]
+    patterns = [(compile_path(route.path), route) for route in routes]
 
     async def admin(request: Request) -> Response:
-        _check(request.headers, token)
-        found = handlers.get(request.scope["path"]) or model_handler(daemon.local, request.scope["path"])
-        if found is None:
-            raise NotFound("no such path", source="edge")
-        method, handler = found
-        if request.method != method:
-            raise MethodNotAllowed(f"this path takes {method}", source="edge")
-        return JSONResponse(await handler(), headers={"cache-control": "no-store"})
+        who = administrators.who(request.headers)
+        handler, request.scope["path_params"] = _found(patterns, request, who)
+        return JSONResponse(await handler(request, who), headers={"cache-control": "no-store"})
 
     for path in ("/admin", "/admin/{rest:path}"):
         app.router.routes.append(Route(path, admin, methods=list(METHODS)))
 
 
-def _check(headers: Mapping[str, str], token: str) -> None:
-    if not hmac.compare_digest(bearer(headers).encode("utf-8", "surrogateescape"), token.encode()):
-        raise Unauthorized("administration needs the token in the state folder's admin.token", source="edge")
+def _found(patterns: list[Pattern], request: Request, who: Administrator) -> tuple[Handler, dict[str, Any]]:
+    """What this request asks for, and the names in its path. Raises NotFound, MethodNotAllowed or Forbidden."""
+    takes = set()
+    for (regex, _, convertors), route in patterns:
+        if (match := regex.fullmatch(request.scope["path"])) is None:
+            continue
+        takes.add(route.method)
+        if route.method == request.method:
+            if not who.may(route.role):
+                raise Forbidden(f"this needs the role {route.role}; {who.name} has {who.role}", source="edge")
+            return route.handler, {name: convertors[name].convert(value) for name, value in match.groupdict().items()}
+    if takes:
+        raise MethodNotAllowed(f"this path takes {' and '.join(sorted(takes))}", source="edge")
+    raise NotFound("no such path", source="edge")
 
 
 def _status(daemon: Daemon) -> dict[str, Any]:

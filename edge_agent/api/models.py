@@ -1,36 +1,28 @@
 """What administration does with models: which are in memory, and to load or stop one."""
 
-import re
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Any
 
+from starlette.requests import Request
+
+from edge_agent.api.administrators import Administrator, AdminRoute
 from edge_agent.backends.base import Loaded, LocalModels
 
-Handler = Callable[[], Awaitable[dict[str, Any]]]
-_ACTION: Final = re.compile(r"/admin/models/(?P<name>[^/]{1,128})/(?P<action>load|stop)")
 
-
-def model_handler(local: LocalModels, path: str) -> tuple[str, Handler] | None:
-    """The method and the work of a path under /admin/models; None if there is no such path."""
-
-    async def listed() -> dict[str, Any]:
+def model_routes(local: LocalModels) -> Iterator[AdminRoute]:
+    async def listed(_: Request, __: Administrator) -> dict[str, Any]:
         return {"loaded": [_loaded(model) for model in local.loaded()]}
 
-    if path == "/admin/models":
-        return "GET", listed
-    match = _ACTION.fullmatch(path)
-    if match is None:
-        return None
-    name = match["name"]
+    async def load(request: Request, who: Administrator) -> dict[str, Any]:
+        await local.load(request.path_params["name"])
+        return await listed(request, who)
 
-    async def load() -> dict[str, Any]:
-        await local.load(name)
-        return await listed()
+    async def stop(request: Request, who: Administrator) -> dict[str, Any]:
+        return {"stopped": await local.stop(request.path_params["name"]), **await listed(request, who)}
 
-    async def stop() -> dict[str, Any]:
-        return {"stopped": await local.stop(name), **await listed()}
-
-    return "POST", load if match["action"] == "load" else stop
+    yield AdminRoute("GET", "/admin/models", "read", listed)
+    yield AdminRoute("POST", "/admin/models/{name}/load", "activate", load)
+    yield AdminRoute("POST", "/admin/models/{name}/stop", "activate", stop)
 
 
 def _loaded(model: Loaded) -> dict[str, Any]:

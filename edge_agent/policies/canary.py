@@ -10,6 +10,8 @@ from router.policy import Policy
 from shared.errors import BY_CODE
 from shared.telemetry import RequestFinished
 
+FAILED_SHARE: Final = 0.05
+LEAST: Final = 20
 WINDOW: Final = 200
 """The latest requests that are looked at."""
 
@@ -18,10 +20,10 @@ WINDOW: Final = 200
 class Limits:
     """What is agreed. Shares from 0 to 1; nothing is judged before `least` requests have ended."""
 
-    failed_share: float = 0.05
+    failed_share: float = FAILED_SHARE
     first_token_s: float | None = None
     """What the median first token may take; None: whatever it takes."""
-    least: int = 20
+    least: int = LEAST
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,8 @@ class PolicyCenter:
 
 def _safe(why: str) -> Snapshot:
     """Nothing leaves the device until somebody has put a policy in force."""
-    return Snapshot(parse("mode: only_edge"), f"only_edge: {why}")
+    source = "mode: only_edge\n"
+    return Snapshot(parse(source), f"only_edge: {why}", source.encode())
 
 
 def _check_why(why: str) -> None:

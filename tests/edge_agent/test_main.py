@@ -156,3 +156,12 @@ def test_help_is_instant_and_names_every_command() -> None:
     assert imported.stdout.strip() == "[]"
     assert time.monotonic() - started < 20
     assert all(name in shown.stdout for name in ("serve", "pull", "list", "rm", "keys"))
+
+
+def test_console_prints_a_link_that_signs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the token of this very state folder, in the part of the address that no server sees."""
+    assert run(monkeypatch, "console", "--state-dir", str(tmp_path / "state"), "--url", "http://127.0.0.1:9/") == 0
+    token = (tmp_path / "state" / "admin.token").read_text().strip()
+    assert capsys.readouterr().out.strip() == f"http://127.0.0.1:9/console/#token={token}"

@@ -26,7 +26,10 @@ def scope(*extra: tuple[bytes, bytes], method: str = "POST", kind: str = "http",
         ({"host": b"[::2]"}, Forbidden),
         ({"host": b"\xff"}, Forbidden),
         ({"host": None}, Forbidden),
-        ({"origin": b"http://127.0.0.1:8484"}, Forbidden),
+        ({"origin": b"http://127.0.0.1:8485"}, Forbidden),
+        ({"origin": b"https://127.0.0.1:8484"}, Forbidden),
+        ({"origin": b"http://localhost:8484"}, Forbidden),
+        ({"origin": b"null"}, Forbidden),
         ({"content_type": None}, UnsupportedMedia),
         ({"content_type": b"application/json; charset=utf-16"}, UnsupportedMedia),
         ({"content_type": b"application/jsonp"}, UnsupportedMedia),
@@ -63,6 +66,14 @@ def test_too_many_headers() -> None:
 def test_what_is_let_in(replaced: dict[str, bytes]) -> None:
     """Ordinary clients' ways of saying the same."""
     Guard().check(scope(**replaced))
+
+
+def test_our_own_page_may_use_us_over_http_alone() -> None:
+    """S-03: its Origin is ours; a WebSocket takes allow-listed ones only."""
+    own = scope(origin=b"http://127.0.0.1:8484")
+    Guard().check(own)
+    with pytest.raises(Forbidden):
+        Guard().check({**own, "type": "websocket"})
 
 
 def test_reading_needs_no_content_type() -> None:

@@ -1,0 +1,43 @@
+// Elements are made, never parsed: whatever a reason or a policy holds, it stays text.
+
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value != null) element.setAttribute(name, value);
+  }
+  element.append(...children.flat(Infinity).filter((child) => child != null));
+  return element;
+}
+
+export function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children.filter((child) => child != null));
+  return element;
+}
+
+export const chip = (target) => h("span", { class: `chip ${target}` }, target);
+
+export const ms = (seconds) => (seconds == null ? "–" : seconds < 10 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`);
+
+export const number = (value, digits = 0) => (value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits }));
+
+export const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
+
+export const moment = (at) => new Date(at * 1000).toLocaleString("en-GB");
+
+export function facts(rows) {
+  return h("dl", {}, Object.entries(rows).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value ?? "–")]));
+}
+
+export function card(title, state, rows, ...rest) {
+  const heading = h("h2", {}, title, state ? h("span", { class: `state ${state.good ? "good" : "bad"}` }, ` · ${state.text}`) : null);
+  return h("section", { class: "card" }, heading, facts(rows), ...rest);
+}
+
+export function table(columns, rows) {
+  const head = h("tr", {}, columns.map((name) => h("th", { scope: "col" }, name)));
+  return h("div", { class: "scroll", tabindex: "0" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
+}

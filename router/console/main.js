@@ -1,0 +1,65 @@
+// Which page is shown, who is signed in, and what happens when the daemon cannot be asked.
+
+import { Refused, signIn, takeTokenFromLink } from "./api.js";
+import { h } from "./dom.js";
+import { decisions } from "./decisions.js";
+import { difficulty } from "./difficulty.js";
+import { history } from "./history.js";
+import { now } from "./now.js";
+import { policy } from "./policy.js";
+
+const pages = { now, decisions, policy, history, difficulty };
+const main = document.querySelector("main");
+const connection = document.querySelector("#connection");
+const dialog = document.querySelector("#sign-in");
+let leave = () => {};
+
+// A page gets where to show itself, and `run`, which runs what may fail and says how it went. It may return a clean-up.
+async function open() {
+  const name = location.hash.slice(1) in pages ? location.hash.slice(1) : "now";
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  leave();
+  const shown = h("div");
+  main.replaceChildren(shown);
+  const timers = [];
+  leave = () => timers.forEach(clearInterval);
+  const every = (seconds, work) => {
+    timers.push(setInterval(() => document.hidden || run(work), seconds * 1000));
+    return run(work);
+  };
+  await run(() => pages[name](shown, { run, every }));
+}
+
+async function run(work) {
+  try {
+    await work();
+    connection.textContent = "connected";
+    connection.className = "good";
+    return true;
+  } catch (error) {
+    connection.textContent = error instanceof Refused ? error.message : "the daemon cannot be reached";
+    connection.className = "bad";
+    if (error instanceof Refused && error.status === 401) askForToken(error);
+    if (!(error instanceof Refused) && !(error instanceof TypeError)) throw error;
+    return false;
+  }
+}
+
+function askForToken(error) {
+  if (dialog.open) return;
+  dialog.querySelector(".problem").textContent = sessionStorage.length ? error.message : "";
+  dialog.showModal();
+}
+
+dialog.addEventListener("close", () => {
+  const input = dialog.querySelector("input");
+  if (input.value) signIn(input.value);
+  input.value = "";
+  open();
+});
+takeTokenFromLink();
+addEventListener("hashchange", open);
+open();

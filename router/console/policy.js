@@ -1,0 +1,132 @@
+// The editor: checked as you type, replayed over recorded decisions, proposed, tried out, put in force.
+
+import { get, post } from "./api.js";
+import { h, number } from "./dom.js";
+import { diff } from "./diff.js";
+import { why } from "./why.js";
+
+const PAUSE_MS = 300;
+
+export async function policy(page, { run }) {
+  const text = h("textarea", { spellcheck: "false", "aria-label": "Policy in YAML", oninput: typed, onscroll: followScroll, onkeydown: shortcut });
+  const lines = h("pre", { "aria-hidden": "true" });
+  const verdict = h("p", { role: "status" });
+  const problems = h("ul", { class: "problems" });
+  const result = h("div", { "aria-live": "polite" });
+  const changes = h("div");
+  const percent = h("input", { type: "number", min: "1", max: "99", value: "10", "aria-label": "percent of the conversations" });
+  const buttons = {
+    replay: h("button", { onclick: () => run(replay) }, "Replay"),
+    activate: h("button", { class: "main", onclick: () => run(activate) }, "Activate"),
+    tryOut: h("button", { onclick: () => run(tryOut) }, "Try on"),
+    rollBack: h("button", { class: "quiet", onclick: () => run(rollBack) }, "Roll back"),
+  };
+  const inForce = h("p", { class: "faint" });
+  let checking = 0;
+  let timer;
+
+  page.append(
+    inForce,
+    h("div", { class: "columns" },
+      h("div", {},
+        h("div", { class: "editor" }, lines, text),
+        verdict,
+        problems,
+        h("div", { class: "row" }, buttons.replay, buttons.activate, buttons.tryOut, percent, "% of conversations", buttons.rollBack)),
+      h("div", {}, result, changes)),
+  );
+  await refresh(await get("/admin/policy"));
+  text.value = sessionStorage.getItem("causeway.version-to-edit") ?? (text.dataset.inForce || "mode: prefer_edge\n");
+  sessionStorage.removeItem("causeway.version-to-edit");
+  await check();
+
+  function refresh({ current, canary, unavailable }) {
+    text.dataset.inForce = current.source;
+    const trial = canary ? `; version ${canary.version} on trial with ${number(canary.percent)} % (${canary.failed} of ${canary.ended} failed)` : "";
+    inForce.textContent = unavailable ?? `In force: ${current.name}, mode ${current.mode}, ${current.fingerprint}${trial}`;
+  }
+
+  function typed() {
+    mark([]);
+    clearTimeout(timer);
+    timer = setTimeout(() => run(check), PAUSE_MS);
+  }
+
+  async function check() {
+    const asked = ++checking;
+    const found = await post("/admin/policy/check", { source: text.value });
+    if (asked !== checking) return;
+    verdict.textContent = found.valid ? `Valid: ${found.summary}` : `${found.problems.length} to mend`;
+    verdict.className = found.valid ? "good" : "bad";
+    problems.replaceChildren(...found.problems.map(problem));
+    mark(found.problems.map((one) => one.line));
+    for (const name of ["replay", "activate", "tryOut"]) buttons[name].disabled = !found.valid;
+    changes.replaceChildren(h("h2", {}, "Against what is in force"), diff(found.diff));
+  }
+
+  function problem({ line, column, field, message }) {
+    return h("li", {}, h("button", { onclick: () => jump(line, column) }, `Line ${line}: ${field ? `${field}: ` : ""}${message}`));
+  }
+
+  function jump(line, column) {
+    const before = text.value.split("\n").slice(0, line - 1).reduce((sum, one) => sum + one.length + 1, 0);
+    text.focus();
+    text.setSelectionRange(before + column - 1, before + column - 1);
+  }
+
+  function mark(wrong) {
+    const count = text.value.split("\n").length;
+    const numbers = Array.from({ length: count }, (_, index) => index + 1);
+    lines.replaceChildren(...numbers.flatMap((line) => [wrong.includes(line) ? h("b", {}, String(line)) : String(line), "\n"]));
+    followScroll();
+  }
+
+  function followScroll() {
+    lines.scrollTop = text.scrollTop;
+  }
+
+  function shortcut(event) {
+    if (event.key === "s" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      run(check);
+    }
+  }
+
+  async function replay() {
+    const found = await post("/admin/policy/replay", { source: text.value });
+    const rules = Object.entries(found.rules).sort(([, a], [, b]) => b - a);
+    result.replaceChildren(
+      h("h2", {}, "Replay"),
+      h("p", { class: found.leaks ? "bad" : "good" }, `It would ${found.would}.`),
+      h("p", { class: "faint" }, `Decided by: ${rules.map(([name, count]) => `${name} ${number(count)}`).join(", ")}. No model was called.`),
+    );
+  }
+
+  async function proposed(reason) {
+    return (await post("/admin/policy/propose", { source: text.value, why: reason })).version;
+  }
+
+  async function activate() {
+    const reason = await why("Activate", "It decides every request from now on.");
+    if (reason) await done(await post("/admin/policy/activate", { version: await proposed(reason), why: reason }), "In force.");
+  }
+
+  async function tryOut() {
+    const share = Number(percent.value);
+    const reason = await why("Try out", `It decides ${share} % of the conversations, and is withdrawn by itself if too many of them fail.`);
+    if (!reason) return;
+    const version = await proposed(reason);
+    await done(await post("/admin/policy/canary", { version, percent: share, why: reason }), "On trial.");
+  }
+
+  async function rollBack() {
+    const reason = await why("Roll back", "Ends the trial if there is one; else the version before takes over.");
+    if (reason) await done(await post("/admin/policy/rollback", { why: reason }), "Rolled back.");
+  }
+
+  async function done(overview, said) {
+    refresh(overview);
+    result.replaceChildren(h("p", { class: "good" }, said));
+    await check();
+  }
+}

@@ -1,0 +1,118 @@
+"""The administrator's page in a real browser."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from administration import TOKEN, Administration, administration
+from playwright.async_api import Page, async_playwright, expect
+from programs import program
+
+WRONG = "mode: prefer_cloud\nrules:\n  - name: code\n    when: {cod: true}\n    target: edge\n"
+RIGHT = WRONG.replace("cod:", "code:")
+pytestmark = pytest.mark.system
+
+
+@asynccontextmanager
+async def browsing(edge: Administration, width: int = 1280) -> AsyncIterator[tuple[Page, list[str]]]:
+    """A page, and what went wrong or was asked of anybody else: errors, messages, foreign addresses."""
+    wrong: list[str] = []
+    async with async_playwright() as playwright:
+        path = program("chromium", "chromium-browser", "google-chrome", package="chromium")
+        browser = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = await browser.new_page(viewport={"width": width, "height": 800})
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(edge.url) or wrong.append(request.url))
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        try:
+            yield page, wrong
+        finally:
+            await browser.close()
+
+
+async def test_a_policy_is_mended_replayed_put_in_force_and_rolled_back(tmp_path: Path) -> None:
+    """Edit, the mistake at its line, fix, replay, activate, seen in the live decisions, roll back."""
+    async with administration(tmp_path) as edge, browsing(edge) as (page, wrong):
+        for number in range(4):
+            await edge.ask(f"question {number}")
+        await page.goto(f"{edge.url}/console/#token={TOKEN}")
+        await expect(page.get_by_text("connected", exact=True).first).to_be_visible()
+        assert TOKEN not in page.url
+
+        await page.get_by_role("link", name="Policy").click()
+        editor = page.get_by_role("textbox", name="Policy in YAML")
+        await editor.fill(WRONG)
+        mistake = page.get_by_role("button", name="Line 4: rules[0].when.cod: unknown field; did you mean code?")
+        await expect(mistake).to_be_visible()
+        await expect(page.locator(".editor pre b")).to_have_text("4")
+        await expect(page.get_by_role("button", name="Activate")).to_be_disabled()
+
+        await editor.fill(RIGHT)
+        await expect(page.get_by_text("Valid: mode prefer_cloud, 1 rule")).to_be_visible()
+        await page.get_by_role("button", name="Replay").click()
+        moved = "It would move 4 to the cloud (of 4); 0 redacted, 0 private leaks"
+        await expect(page.get_by_text(moved)).to_be_visible()
+
+        await page.get_by_role("button", name="Activate").click()
+        await page.get_by_label("Why?").fill("the cloud is quick today")
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_text("In force: version 1, mode prefer_cloud")).to_be_visible()
+        assert (await edge.ask("after")).headers["x-causeway-route"] == "cloud"
+
+        await page.get_by_role("link", name="Decisions").click()
+        await expect(page.locator("tbody tr").first).to_contain_text("mode prefer_cloud")
+        await expect(page.locator("tbody tr")).to_have_count(5)
+
+        await page.get_by_role("link", name="Policy").click()
+        await page.get_by_role("button", name="Roll back").click()
+        await page.get_by_label("Why?").fill("dear")
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_text("In force: default, mode prefer_edge")).to_be_visible()
+        assert (await edge.ask("again")).headers["x-causeway-route"] == "edge"
+
+        await page.get_by_role("link", name="History").click()
+        await expect(page.get_by_text("The record is whole")).to_be_visible()
+        await expect(page.locator("tbody").last).to_contain_text("dear")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+async def test_every_page_fits_and_asks_nobody_else(tmp_path: Path, width: int) -> None:
+    """No page is wider than the screen, none reports an error, and nothing is fetched from elsewhere."""
+    async with administration(tmp_path) as edge, browsing(edge, width) as (page, wrong):
+        await edge.ask()
+        await page.goto(f"{edge.url}/console/#token={TOKEN}")
+        for name in ("Now", "Decisions", "Policy", "History", "Difficulty"):
+            await page.get_by_role("link", name=name).click()
+            await expect(page.locator("main > div > *").first).to_be_visible()
+            assert await page.evaluate("document.documentElement.scrollWidth") <= width
+    assert wrong == []
+
+
+async def test_nothing_is_shown_without_a_credential(tmp_path: Path) -> None:
+    """A wrong one is asked for again, a right one stays in its tab; the keyboard is enough."""
+    async with administration(tmp_path) as edge, browsing(edge) as (page, _):
+        await page.goto(f"{edge.url}/console/")
+        field = page.get_by_label("Token or key")
+        await field.fill("wrong")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#sign-in .problem")).to_contain_text("needs the token")
+        await field.fill(TOKEN)
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("heading", name="This device")).to_be_visible()
+        assert await page.evaluate("Object.keys(localStorage).length") == 0
+
+
+async def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    """What a client wrote into a model's name is shown, not run."""
+    hostile = "<img/src=x/onerror=alert(1)>"
+    async with administration(tmp_path) as edge, browsing(edge) as (page, wrong):
+        await edge.ask(model=hostile)
+        await page.goto(f"{edge.url}/console/#token={TOKEN}")
+        await page.get_by_role("link", name="Decisions").click()
+        await expect(page.locator("tbody tr").first).to_contain_text(hostile)
+        assert await page.locator("main img").count() == 0
+    assert wrong == []
