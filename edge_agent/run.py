@@ -67,7 +67,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         closing.callback(journal.close)
         embedder = Embedder(embedding_file(settings.embedding_model, default_store(os.environ, Path.home())))
         closing.push_async_callback(embedder.aclose)
-        cache = open_cache(settings, embedder)
+        cache = await open_cache(settings, state, embedder)
         if cache is not None:
             closing.push_async_callback(cache.aclose)
         daemon = put_together(local, cloud, policy, journal, live, embedder, cache)

@@ -59,6 +59,12 @@ class EdgeSettings(Settings):
     prefix_disk_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 256
     """MiB in the state folder for the same between two starts; 0: none. Readable there are the tokens of prompts and
     answers, but of none that is labelled `edge_only` or `redact`."""
+    cache_disk_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 256
+    cache_disk_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 604_800.0
+    cache_dir: Path | None = None
+    """Where `answers.db` lies; none: the state folder."""
+    cache_key: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Encrypts what is kept outside this process: a file with a secret, mode 0600, or `keyring`: the system's own."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     keys: Path | None = None
