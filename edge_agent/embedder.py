@@ -7,31 +7,25 @@ question by one batch, and whoever leaves costs no further one. Nothing is cut: 
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
 from edge_agent.embedding.model import EmbeddingModel, Item, Vectors, batches, shortened
 from shared.embeddings import EmbeddingRequest, Embeddings
 from shared.errors import BadRequest, Overloaded, UnknownModel
-from shared.models import valid_name, verify
+from shared.gguf import ModelInvalid
+from shared.models import SUFFIXES, manifest_of, stored_file, valid_name, verify
 from shared.schemas import ModelCard
 
 TEXTS_PER_TURN = 64
 """Tokenized in one go."""
-SUFFIX = ".onnx"
 OWN_NAMES = ("auto", "edge")
 
 Result = TypeVar("Result")
-
-
-def embedding_file(name_or_path: str, store: Path) -> Path:
-    """Where the embedding model of this name lies, there or not; a path of a .onnx file is itself."""
-    if valid_name(name_or_path) and not name_or_path.endswith(SUFFIX):
-        return store / (name_or_path.replace(":", "-") + SUFFIX)
-    return Path(name_or_path)
 
 
 class Embedder:
@@ -40,21 +34,33 @@ class Embedder:
     Belongs to one event loop. At most `queue` requests may be under way.
     """
 
-    def __init__(self, file: Path, *, threads: int = 1, queue: int = 64) -> None:
-        self.name = file.stem
+    def __init__(self, file: Path, *, name: str = "", threads: int = 1, queue: int = 64) -> None:
+        self.name = name or file.stem
         self._file = file
         self._threads = threads
         self._queue = queue
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedder")
         self._model: EmbeddingModel | None = None
+        self._context_length = 0
         self._under_way = 0
         self._closed = False
+
+    @classmethod
+    def named(cls, name_or_path: str, store: Path) -> Self:
+        """Of this name in the store, there or not; or a file that lies elsewhere."""
+        if valid_name(name_or_path) and not name_or_path.endswith(SUFFIXES["embedding"]):
+            return cls(stored_file(name_or_path, store, "embedding"), name=name_or_path)
+        return cls(Path(name_or_path))
 
     def model_card(self) -> ModelCard | None:
         """None while there is no such model on this device."""
         if self._model is None and not self._file.is_file():
             return None
-        return ModelCard(id=self.name, context_length=self._model.max_tokens if self._model else 0)
+        if self._model is None and self._context_length == 0:
+            with suppress(ModelInvalid):
+                manifest = manifest_of(self._file)
+                self._context_length = manifest.context_length if manifest else 0
+        return ModelCard(id=self.name, context_length=self._model.max_tokens if self._model else self._context_length)
 
     async def __call__(self, request: EmbeddingRequest) -> Embeddings:
         """Raises UnknownModel, ModelInvalid, ContextTooLong, BadRequest or Overloaded, with the field's name."""

@@ -82,7 +82,8 @@ def show(
         "architecture": facts.architecture,
         "parameters": f"{facts.parameters / 1e6:.0f} M",
         "quantization": facts.quantization or "unknown",
-        "context": f"{facts.context_length} tokens, {facts.kv_bytes / 1024:.0f} KiB of cache each",
+        "context": f"{facts.context_length} tokens"
+        + (f", {facts.kv_bytes / 1024:.0f} KiB of cache each" if facts.kv_bytes else ""),
         "chat template": f"sha256 {facts.template_sha256[:12]} (--template prints it)" if facts.template else "none",
         "licence": manifest.licence or "not stated",
         "source": manifest.source or "unknown",

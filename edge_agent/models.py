@@ -14,7 +14,7 @@ from edge_agent.locks import is_held
 from edge_agent.partial import discard, partial_of
 from shared.errors import CausewayError, UnknownModel
 from shared.gguf import ModelInvalid
-from shared.models import Manifest, manifest_of, stored_file
+from shared.models import Manifest, manifest_of, placed_file, stored_file
 from shared.models import installed as manifests
 
 
@@ -40,17 +40,17 @@ def installed(store: Path) -> list[Installed]:
     found = []
     for manifest in manifests(store):
         with suppress(OSError, CausewayError):  # removed meanwhile
-            found.append(described(manifest, stored_file(manifest.name, store)))
+            found.append(described(manifest, stored_file(manifest.name, store, manifest.kind)))
     return found
 
 
 def show(name: str, *, store: Path) -> ModelDetails:
     """Raises UnknownModel, or ModelInvalid if the file is not what was pulled."""
-    file = stored_file(name, store)
+    file = placed_file(name, store)
     manifest = manifest_of(file)
     if manifest is None or manifest.name != name or not file.is_file():
         raise UnknownModel(f"{name} is not on this device", param="name")
-    facts = facts_of(file)
+    facts = facts_of(file) if manifest.kind == "chat" else _facts_said(manifest)
     if manifest.template_sha256 not in ("", facts.template_sha256):
         raise ModelInvalid(f"{name}: its chat template is not the one that was pulled", param="name")
     return ModelDetails(described(manifest, file), facts)
@@ -58,7 +58,7 @@ def show(name: str, *, store: Path) -> ModelDetails:
 
 def remove(name: str, *, store: Path, force: bool = False) -> None:
     """Also what a broken pull of it left. Raises UnknownModel if there is nothing, ModelBusy if it is loaded."""
-    file = stored_file(name, store)
+    file = placed_file(name, store)
     partial = partial_of(file)
     if not file.exists() and not partial.exists():
         raise UnknownModel(f"{name} is not on this device", param="name")
@@ -70,6 +70,16 @@ def remove(name: str, *, store: Path, force: bool = False) -> None:
         file.with_suffix(".json").unlink(missing_ok=True)
         file.unlink(missing_ok=True)
         discard(partial)
+
+
+def _facts_said(manifest: Manifest) -> Facts:
+    """Of a file that only its own library reads."""
+    return Facts(
+        architecture=manifest.architecture,
+        parameters=manifest.parameters,
+        quantization=manifest.quantization,
+        context_length=manifest.context_length,
+    )
 
 
 def described(manifest: Manifest, file: Path) -> Installed:

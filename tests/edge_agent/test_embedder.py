@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.embedder import Embedder, embedding_file
+from edge_agent.embedder import Embedder
 from edge_agent.embedding import model as model_module
 from edge_agent.embedding.model import BATCH_TOKENS, EmbeddingModel, batches
 from shared.embeddings import EmbeddingRequest
@@ -82,8 +82,8 @@ async def test_nothing_is_cut_silently(embedder: Embedder, bad: Any, error: type
 
 async def test_a_model_that_is_not_there_says_how_to_get_it(tmp_path: Path, tiny_file: Path) -> None:
     """Once it is pulled, the same embedder serves it, without a restart."""
-    file = embedding_file("all-minilm", tmp_path)
-    embedder = Embedder(file)
+    embedder = Embedder.named("all-minilm", tmp_path)
+    file = tmp_path / "all-minilm.onnx"
     assert embedder.model_card() is None
     with pytest.raises(UnknownModel, match="edge-agent pull all-minilm") as caught:
         await embedder.embed(["x"])

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.embedding.convert import SOURCE_FILES, convert
+from edge_agent.embedding.convert import convert
 from edge_agent.embedding.model import EmbeddingModel
+from edge_agent.embedding.source import SOURCE_FILES, WEIGHTS
 from shared.gguf import ModelInvalid
 
 
@@ -22,7 +23,7 @@ def test_truncation_and_padding_of_the_tokenizer_are_not_kept(tiny_file: Path) -
     assert [len(ids) for ids in model.tokens(["the sky", "the " * 15], 0)] == [4, 17]
 
 
-@pytest.mark.parametrize("name", SOURCE_FILES)
+@pytest.mark.parametrize("name", [WEIGHTS, *SOURCE_FILES])
 @pytest.mark.parametrize("damage", ["gone", "empty", "garbage", "half"])
 def test_damaged_input_is_named_and_nothing_is_written(
     tiny_source: Path, tmp_path: Path, name: str, damage: str
