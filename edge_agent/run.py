@@ -12,7 +12,7 @@ import structlog
 
 from edge_agent.api.access import Access
 from edge_agent.api.admin import add_admin
-from edge_agent.api.administrators import KEYS_FILE
+from edge_agent.api.administrators import KEYS_FILE, Administrators
 from edge_agent.api.app import edge_app
 from edge_agent.api.console import add_console
 from edge_agent.api.credentials import admin_token, client_token, state_folder
@@ -71,7 +71,8 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         if cache is not None:
             closing.push_async_callback(cache.aclose)
         daemon = put_together(local, cloud, policy, journal, live, embedder, cache)
-        app = edge_app(daemon, keys=access, guard=_guard(settings))
+        administrators = Administrators(token, state / KEYS_FILE)
+        app = edge_app(daemon, keys=access, guard=_guard(settings), administrators=administrators)
         add_admin(app, daemon, token=token, keys_file=state / KEYS_FILE)
         add_console(app)
         closing.enter_context(on_hangup(daemon.reload))

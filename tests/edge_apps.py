@@ -10,12 +10,15 @@ import httpx
 from edge_sides import daemon_over, policy_file
 from serving import served
 
+from edge_agent.api.admin import add_admin
+from edge_agent.api.administrators import Administrators
 from edge_agent.api.app import edge_app
 from edge_agent.api.openai import Keyring
 from edge_agent.daemon import Daemon
 from shared.guard import Guard
 from shared.schemas import Answer
 
+TOKEN = "t0ken-of-this-test"
 JSON = {"content-type": "application/json"}
 TOOL = {
     "name": "weather",
@@ -47,5 +50,7 @@ async def edge(
     embedder: Any = None,
 ) -> AsyncIterator[Edge]:
     daemon = replace(daemon_over(local, cloud, policy_file(folder, policy)), embedder=embedder)
-    async with served(edge_app(daemon, keys=keys, guard=Guard())) as port:
+    app = edge_app(daemon, keys=keys, guard=Guard(), administrators=Administrators(TOKEN))
+    add_admin(app, daemon, token=TOKEN)
+    async with served(app) as port:
         yield Edge(daemon, port)

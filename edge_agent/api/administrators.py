@@ -61,6 +61,12 @@ class Administrators:
                 return Administrator(name, known)
         raise Forbidden(f"this key's owner has no role: it must be one of {', '.join(ROLES)}, a dot and a name")
 
+    def require(self, headers: Mapping[str, str], role: Role) -> None:
+        """Raises Unauthorized, or Forbidden for who may not do that."""
+        who = self.who(headers)
+        if not who.may(role):
+            raise Forbidden(f"this needs the role {role}; {who.name} has {who.role}", source="edge")
+
     def _listed(self) -> Keys | None:
         """The file may come later than the daemon. Raises InvalidSettings if others can read it."""
         if self._keys is None and self._file is not None and self._file.exists():

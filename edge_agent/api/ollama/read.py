@@ -4,6 +4,8 @@ What is left out means what it means at Ollama: temperature 0.8, top_k 40, top_p
 threads are harmless, and so is `num_ctx`: a model's whole context is always there, and what does not fit is refused.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ RENAMED: Mapping[str, str] = {
     "repetition_penalty": "options.repeat_penalty",
     "max_tokens": "options.num_predict",
 }
+MAX_DURATION_CHARS = 64
 UNLIMITED = (-1, -2)
 """For `num_predict`: to the model's own end, to the end of its context."""
 
@@ -65,7 +68,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     stream: bool = True
     format: str | dict[str, Any] = ""
     options: dict[str, Any] = {}
-    keep_alive: float | str = ""
+    keep_alive: float | str | None = None
     logprobs: bool = False
     top_logprobs: int = 0
     causeway: CausewayOptions = msgspec.field(default_factory=CausewayOptions)
@@ -123,14 +126,25 @@ NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+_DURATION = re.compile(r"-?(?:\d+(?:\.\d+)?(?:ns|us|µs|ms|s|m|h))+|-?\d+(?:\.\d+)?")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How long a model stays after its last answer; `seconds` None: for ever."""
+
+    seconds: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class OllamaCall:
-    """`request` None: nothing is asked, the model is only to be there (or, with `keep_alive` 0, no more)."""
+    """`request` None: nothing is asked, the model is only to be there (or, with a `keep` of 0, no more)."""
 
     model: str
     request: ChatRequest | None
     stream: bool
-    unload: bool = False
+    keep: Keep | None
 
 
 def parse_chat(body: bytes, *, request_id: str, label: str | None = None) -> OllamaCall:
@@ -158,7 +172,24 @@ def parse_generate(body: bytes, *, request_id: str, label: str | None = None) ->
 
 
 def _nothing(fields: CommonBody) -> OllamaCall:
-    return OllamaCall(fields.model, None, fields.stream, fields.keep_alive in (0, "0", "0s", "0m", "0h"))
+    return OllamaCall(fields.model, None, fields.stream, _keep(fields.keep_alive))
+
+
+def _keep(given: float | str | None) -> Keep | None:
+    """Seconds, or a duration such as `1h30m`; what is negative is for ever. Raises BadRequest."""
+    if given is None:
+        return None
+    seconds = float(given) if not isinstance(given, str) else _seconds(given)
+    if seconds is None or not math.isfinite(seconds):
+        raise BadRequest("keep_alive must be seconds, or a duration such as 5m", param="keep_alive")
+    return Keep(None if seconds < 0 else seconds)
+
+
+def _seconds(text: str) -> float | None:
+    if len(text) > MAX_DURATION_CHARS or not _DURATION.fullmatch(text):
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)([a-zµ]*)", text)
+    return sum(float(number) * _UNITS[unit or "s"] for number, unit in parts) * (-1 if text.startswith("-") else 1)
 
 
 def _call(fields: CommonBody, request_id: str, label: str | None, **content: Any) -> OllamaCall:
@@ -175,7 +206,7 @@ def _call(fields: CommonBody, request_id: str, label: str | None, **content: Any
     except BadRequest as error:
         error.param = RENAMED.get(error.param or "", error.param)
         raise
-    return OllamaCall(fields.model, request, fields.stream)
+    return OllamaCall(fields.model, request, fields.stream, _keep(fields.keep_alive))
 
 
 def _sampling(fields: CommonBody) -> Sampling:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -13,15 +14,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from edge_agent.api.ollama.embed import old_embedding, several_embeddings
+from edge_agent.api.ollama.models import LINES
 from edge_agent.api.ollama.read import RENAMED, OllamaCall, parse_chat, parse_generate
 from edge_agent.api.ollama.write import Kind, Lines, WholeObject, error_body, loaded_object
+from edge_agent.backends.base import LocalModels
+from router.features import VIRTUAL_MODELS
 from shared.embeddings import Embed
 from shared.errors import NotFound, UnknownModel
 from shared.schemas import Answer
 from shared.surface import Asked, Endpoint, Generation, Reply, Work, answering
 
 PREFIX = "/api/"
-LINES = b"application/x-ndjson"
 REFUSED = ("/api/blobs/{digest:path}", "/api/copy", "/api/create", "/api/delete", "/api/push")
 
 AnswerFor = Callable[[Mapping[str, str]], Answer]
@@ -29,8 +32,10 @@ EmbedFor = Callable[[Mapping[str, str]], Embed]
 Parse = Callable[..., OllamaCall]
 
 
-def add_ollama(app: FastAPI, answer_for: AnswerFor, *, embed_for: EmbedFor, known: Callable[[str], bool]) -> None:
-    """`known` says whether a model of this name is served."""
+def add_ollama(
+    app: FastAPI, answer_for: AnswerFor, *, embed_for: EmbedFor, local: LocalModels, known: Callable[[str], bool]
+) -> None:
+    """`known` says whether a model of this name is served, here or in the cloud."""
     post = partial(Route, methods=["POST"])
     endpoint = partial(Endpoint, source="edge", shape=error_body)
 
@@ -42,8 +47,8 @@ def add_ollama(app: FastAPI, answer_for: AnswerFor, *, embed_for: EmbedFor, know
         return JSONResponse({"version": version("causeway")})
 
     app.router.routes += [
-        post("/api/chat", endpoint(answer_for, partial(_begin, "chat", parse_chat, known))),
-        post("/api/generate", endpoint(answer_for, partial(_begin, "generate", parse_generate, known))),
+        post("/api/chat", endpoint(answer_for, partial(_begin, "chat", parse_chat, local, known))),
+        post("/api/generate", endpoint(answer_for, partial(_begin, "generate", parse_generate, local, known))),
         post("/api/embed", endpoint(embed_for, several_embeddings)),
         post("/api/embeddings", endpoint(embed_for, old_embedding)),
         Route("/api/version", tell_version),
@@ -52,18 +57,28 @@ def add_ollama(app: FastAPI, answer_for: AnswerFor, *, embed_for: EmbedFor, know
     ]
 
 
-def _begin(kind: Kind, parse: Parse, known: Callable[[str], bool], answer: Answer, asked: Asked) -> Work:
+def _begin(
+    kind: Kind, parse: Parse, local: LocalModels, known: Callable[[str], bool], answer: Answer, asked: Asked
+) -> Work:
     call = parse(asked.body, request_id=asked.id, label=asked.label)
+    if call.request is None and not known(call.model):
+        raise UnknownModel("no such model", param="model", source="edge")
+    name = call.model if call.model not in VIRTUAL_MODELS else local.model_card().id
+    if call.keep is not None:
+        local.keep(name, call.keep.seconds)
     if call.request is None:
-        if not known(call.model):
-            raise UnknownModel("no such model", param="model", source="edge")
-        return partial(_nothing, kind, call)
+        return partial(_nothing, kind, call, local, name)
     encoder = (Lines if call.stream else WholeObject)(kind, call.model, clock=time.monotonic, now=_now)
     return answering(answer, Generation((call.request,), call.stream, encoder, RENAMED), media_type=LINES)
 
 
-async def _nothing(kind: Kind, call: OllamaCall, reply: Reply) -> None:
-    await reply.whole(loaded_object(kind, call.model, "unload" if call.unload else "load", _now()))
+async def _nothing(kind: Kind, call: OllamaCall, local: LocalModels, name: str, reply: Reply) -> None:
+    """Have the model in memory, or no more. One of the cloud's is not ours to load."""
+    unload = call.keep is not None and call.keep.seconds == 0
+    if name in {card.id for card in local.model_cards()}:
+        with suppress(UnknownModel) if unload else nullcontext():  # not loaded is as good as unloaded
+            await (local.stop(name) if unload else local.load(name))
+    await reply.whole(loaded_object(kind, call.model, "unload" if unload else "load", _now()))
 
 
 async def _refused(_: Request) -> NoReturn:

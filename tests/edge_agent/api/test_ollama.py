@@ -168,17 +168,18 @@ async def test_a_raw_prompt_goes_in_as_it_is(tmp_path: Path) -> None:
 
 async def test_who_asks_nothing_learns_that_the_model_is_there(tmp_path: Path) -> None:
     """Clients load a model by an empty request: no side is asked; an unknown model is a 404."""
-    local = Local(EchoAnswer())
-    async with edge(tmp_path, local) as it, it.http() as http:
+    local, cloud = Local(EchoAnswer()), EchoAnswer("cloud")
+    async with edge(tmp_path, local, cloud) as it, it.http() as http:
         loads = [
-            await http.post(GENERATE, json={"model": "small"}),
-            await http.post(CHAT, json={"model": "auto", "messages": []}),
-            await http.post(GENERATE, json={"model": "small", "keep_alive": 0}),
+            await http.post(GENERATE, json={"model": "large"}),
+            await http.post(CHAT, json={"model": "large", "messages": []}),
+            await http.post(GENERATE, json={"model": "large", "keep_alive": 0}),
         ]
         unknown = await http.post(GENERATE, json={"model": "zap"})
 
     assert [reply.json()["done_reason"] for reply in loads] == ["load", "load", "unload"]
     assert (unknown.status_code, unknown.json()["error"]) == (404, "no such model")
+    assert not cloud.requests
     assert not local.inner.requests  # type: ignore[attr-defined]
 
 
