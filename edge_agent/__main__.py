@@ -125,20 +125,22 @@ def console(
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="Where the daemon listens.")] = "http://127.0.0.1:8484",
+    url: Annotated[str | None, typer.Option(help="Where the daemon listens; else where the one here does.")] = None,
     model: Annotated[str, typer.Option(help="auto, edge, cloud or a real model's name.")] = "auto",
     private: Annotated[bool, typer.Option("--private", help="Nothing said may leave the device.")] = False,
     key_file: Annotated[Path | None, typer.Option(help="File with a key, where the daemon asks for one.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="The daemon's, if it is not the usual one.")] = None,
 ) -> None:
-    """Talk to the running daemon; Ctrl-D ends it."""
+    """Talk to the running daemon; /help lists commands, Ctrl-C ends an answer, Ctrl-D the conversation."""
+    from edge_agent.api.credentials import state_folder
     from edge_agent.chat import converse
-    from shared.config import read_secret
+    from edge_agent.instance import find
+    from edge_agent.screens import terminal
 
-    def write(text: str) -> None:
-        typer.echo(text, nl=False)
-
-    key = read_secret(key_file, "key_file") if key_file else "any"
-    converse(url, model, private=private, key=key, read=lambda: input("> "), write=write)
+    url, key = find(state_dir or state_folder(os.environ, Path.home()), url, key_file)
+    read, screen = terminal(sys.stdin, sys.stdout, sys.stderr)
+    failures = converse(url, model, private=private, key=key, read=read, screen=screen)
+    raise typer.Exit(int(failures > 0 and not sys.stdin.isatty()))
 
 
 @keys_app.command("new")

@@ -12,11 +12,13 @@ from typing import Final
 
 import msgspec
 
+from edge_agent.api.credentials import CLIENT_TOKEN_FILE
 from edge_agent.locks import held, is_held
-from shared.config import InvalidSettings
+from shared.config import InvalidSettings, read_secret
 
 LOCK_FILE: Final = "daemon.lock"
 MAX_NOTE: Final = 4096
+USUAL_URL: Final = "http://127.0.0.1:8484"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,18 @@ def running(state: Path) -> Instance | None:
     """The daemon that holds this state folder; None if there is none. Changes nothing. Raises OSError."""
     path = state / LOCK_FILE
     return (_noted(path) or Instance(0)) if is_held(path) else None
+
+
+def find(state: Path, url: str | None, key_file: Path | None) -> tuple[str, str]:
+    """Where a daemon listens and the key to show it: what was given, else what its state folder says, else what is
+    usual. Raises InvalidSettings."""
+    with contextlib.suppress(OSError):
+        there = running(state)
+        url = url or (there.url if there else None)
+    token = state / CLIENT_TOKEN_FILE
+    if key_file is None and token.is_file() and os.access(token, os.R_OK):
+        key_file = token
+    return url or USUAL_URL, read_secret(key_file, "key_file") if key_file else "any"
 
 
 def _noted(file: Path) -> Instance | None:
