@@ -1,18 +1,15 @@
-"""Which guesses are worth a step's rows.
+"""Which guesses are worth a step's rows: a single sequence drafts far ahead, many at once only what is nearly certain.
 
-A row more costs little while a step is short: reading the weights is what takes the time. With `free_rows` the number
-of rows that cost as much as that, and T tokens expected of R rows, a step's worth is T / (free_rows + R). A guess that
-is right with probability p belongs in the step if it raises that: if p > T / (free_rows + R). So a single sequence
-drafts far ahead, and many at once only what is nearly certain. The probability is the rate at which the sequence's
-guesses were right (see `lookup`), to the power of how far ahead it is.
+A row more costs little while a step is short: reading the weights is what takes the time. The probability of a guess is
+the rate at which the sequence's guesses were right; see `shared.lookup`.
 """
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 
-from cloud_engine.engine.lookup import Lookup
 from cloud_engine.engine.sequence import Sequence
 from cloud_engine.engine.work import Work
+from shared.lookup import Lookup, worth
 
 
 class Drafter:
@@ -38,9 +35,8 @@ class Drafter:
         for sequence in ready:
             lookup = sequence.lookup = sequence.lookup or Lookup()
             guess = lookup.guess(sequence.tokens)
-            count, chance = 0, lookup.rate
-            while count < len(guess) and chance * (self.free_rows + rows) > expected:
-                count, rows, expected, chance = count + 1, rows + 1, expected + chance, chance * lookup.rate
+            count, expected = worth(lookup.rate, len(guess), free_rows=self.free_rows, rows=rows, expected=expected)
+            rows += count
             if guess and not count:
                 lookup.rest()
             yield sequence, guess[:count]

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from cloud_engine.engine.blocks import chain_hash
 from cloud_engine.engine.draw import Odds
-from cloud_engine.engine.lookup import Lookup
+from shared.lookup import Lookup
 from shared.schemas import Priority, Sampling
 
 Ending = Literal["stop", "length", "cancelled", "deadline", "error"]

@@ -1,4 +1,5 @@
 """Continuous batching: every step decodes one token of each running request and a bounded piece of the waiting prompts.
+A request that runs alone may get several tokens of a step, where guesses of them turn out right (see `drafting`).
 
 Runs on one thread and owns the native context. Prompts share a step's budget evenly, so that a long one neither stalls
 the requests that are decoding nor a short prompt behind it; the budget follows the measured speed, so that a step, and
@@ -13,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.backends.drafting import Drafter, Drafts, smooth
 from edge_agent.backends.prefixes import MIN_TOKENS, Kept, Prefixes, common
 from edge_agent.backends.sampling import Ids, Sampler
 from edge_agent.backends.text import TextStream
@@ -21,7 +23,6 @@ from shared.schemas import Delta
 
 STEP_S = 0.25
 MIN_CHUNK = 32
-SMOOTHING = 0.1
 
 
 class Runtime(Protocol):
@@ -71,6 +72,9 @@ class Slot:
         self.job: Job | None = None
         self.public = 0
         """How many of its tokens may be written to disk, where no running request needs them."""
+        self.drafts: Drafts | None = None
+        self.draft: list[int] = []
+        """Guesses of the tokens after `end`, computed in this step as if they were known."""
         self.released = 0
 
     @property
@@ -92,7 +96,11 @@ class Batcher:
         slots: int,
         clock: Callable[[], float] = time.perf_counter,
         prefixes: Prefixes | None = None,
+        *,
+        drafter: Drafter | None = None,
     ) -> None:
+        """Without a `drafter`, no guesses are made."""
+        self.drafter = drafter if runtime.can_cut else None
         self.tokens_per_s: float | None = None
         self.prefill_tokens_per_s: float | None = None
         self._runtime = runtime
@@ -131,7 +139,8 @@ class Batcher:
         self._runtime.keep(slot.index, shared)
         slot.length, slot.end = shared, len(job.prompt)
         slot.tokens[: slot.end] = job.prompt
-        slot.job, slot.public = job, min(public, shared) if job.private else len(slot.tokens)
+        slot.job, slot.drafts = job, None
+        slot.public = min(public, shared) if job.private else len(slot.tokens)
         job.text.cached_tokens = shared
 
     def restore(self, kept: list[Kept]) -> None:
@@ -186,13 +195,18 @@ class Batcher:
         started = self._clock()
         if not self._runtime.decode(count):
             return self._fail(took)
-        self._measure(count, decodes, self._clock() - started)
+        seconds = self._clock() - started
         rows = iter(self._runtime.logits())
         events: list[Event] = []
+        sampled = 0
         for slot, taken in took:
-            slot.length += taken
+            guesses = slot.draft
+            slot.length += taken - len(guesses)
             if slot.missing == 0:
-                self._sample(slot, next(rows), events)
+                sampled += self._sample(slot, [next(rows) for _ in range(1 + len(guesses))], events)
+        self._measure(count, decodes, sampled, seconds)
+        if self.drafter is not None and len(took) == 1 and decodes == count:
+            self.drafter.observe(count - 1, seconds)
         return events
 
     def _compose(self) -> tuple[list[tuple[Slot, int]], int, int]:
@@ -206,7 +220,9 @@ class Batcher:
         budget = self._chunk()
         for index, slot in enumerate(busy):
             if slot.missing == 1:
-                taken, decodes = 1, decodes + 1
+                slot.draft = self._guesses(slot) if len(busy) == 1 else []
+                taken = 1 + len(slot.draft)
+                decodes += taken
             else:
                 taken = min(slot.missing, max(1, budget // (len(busy) - index)), budget)
                 budget -= taken
@@ -219,29 +235,56 @@ class Batcher:
             count += taken
         return took, count, decodes
 
+    def _guesses(self, slot: Slot) -> list[int]:
+        """Of the only request that runs, what is worth being computed along with its next token."""
+        if self.drafter is None or slot.job is None:
+            return []
+        slot.drafts = slot.drafts or Drafts(self.drafter)
+        room = min(self._runtime.context_length - slot.end, slot.job.text.left - 1)
+        return slot.drafts.propose(slot.tokens[: slot.end], room)
+
     def _fill(self, slot: Slot, at: int, taken: int) -> None:
         runtime, start = self._runtime, slot.length
         end = at + taken
-        runtime.tokens[at:end] = slot.tokens[start : start + taken]
+        guesses = len(slot.draft)
+        runtime.tokens[at : end - guesses] = slot.tokens[start : start + taken - guesses]
+        runtime.tokens[end - guesses : end] = slot.draft
         runtime.positions[at:end] = range(start, start + taken) if taken > 1 else start
         runtime.sequences[at:end] = slot.index
         runtime.wanted[at:end] = 0
-        runtime.wanted[end - 1] = taken == slot.missing
+        runtime.wanted[end - 1 - guesses : end] = taken - guesses == slot.missing
 
     def _chunk(self) -> int:
         room = len(self._runtime.tokens) - len(self._slots)
         return min(room, max(MIN_CHUNK, int((self.prefill_tokens_per_s or 0) * STEP_S)))
 
-    def _sample(self, slot: Slot, row: NDArray[np.float32], events: list[Event]) -> None:
+    def _sample(self, slot: Slot, rows: list[NDArray[np.float32]], events: list[Event]) -> int:
+        """A token of the first row, and one of each further row as long as the guess before it was right. What is
+        computed of wrong guesses is forgotten. Returns how many tokens that were."""
+        guesses, slot.draft = slot.draft, []
+        end, right = slot.length + len(guesses), 0
+        for at, row in enumerate(rows):
+            token = self._pick(slot, row, events)
+            if slot.job is None or at == len(guesses) or token != guesses[at]:
+                break
+            right += 1
+            slot.length += 1
+        if guesses and slot.drafts is not None:
+            slot.drafts.learn(len(guesses), right)
+            if slot.length < end:
+                self._runtime.keep(slot.index, slot.length)
+        return right + 1
+
+    def _pick(self, slot: Slot, row: NDArray[np.float32], events: list[Event]) -> int | None:
         job = slot.job
         if job is None:
-            return
+            return None
         try:
             sampled = job.sampler.pick(row)
         except CausewayError as error:
             events.append((job, error))
             self._release(slot, computed=isinstance(error, BadRequest))
-            return
+            return None
         slot.tokens[slot.end] = sampled.token
         slot.end += 1
         delta = job.text.push(sampled)
@@ -249,6 +292,7 @@ class Batcher:
             events.append((job, delta))
             if delta.finish_reason is not None:
                 self._release(slot)
+        return sampled.token
 
     def _release(self, slot: Slot, *, computed: bool = True) -> None:
         """The slot is free; what it has computed stays, for whoever comes with the same beginning."""
@@ -257,7 +301,7 @@ class Batcher:
         if not computed or not self._runtime.can_cut:
             self._runtime.keep(slot.index, 0)
             slot.length = 0
-        slot.end = slot.length
+        slot.end, slot.draft = slot.length, []
 
     def _fail(self, took: list[tuple[Slot, int]]) -> list[Event]:
         """llama.cpp refused the batch: its requests end, their cache is not to be trusted, others may go on."""
@@ -267,15 +311,11 @@ class Batcher:
             self._release(slot, computed=False)
         return events
 
-    def _measure(self, count: int, decodes: int, took: float) -> None:
+    def _measure(self, count: int, decodes: int, sampled: int, took: float) -> None:
         """Only steps that are clearly one kind or the other tell something."""
         if took <= 0:
             return
         if decodes == count:
-            self.tokens_per_s = _smooth(self.tokens_per_s, count / took)
+            self.tokens_per_s = smooth(self.tokens_per_s, sampled / took)
         elif decodes * 2 <= count:
-            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, count / took)
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else old + SMOOTHING * (new - old)
+            self.prefill_tokens_per_s = smooth(self.prefill_tokens_per_s, count / took)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edge_agent.backends.base import DEFAULT_CONTEXT
 from shared.errors import UpstreamFailed
 from shared.gguf import ModelInvalid, check
+from shared.lookup import LONGEST
 
 BATCH = 512
 """Tokens that one `decode` can take."""
@@ -49,6 +50,7 @@ class Native:
         """Takes seconds. Raises ModelInvalid."""
         check(path)
         self._api = _load_library(log)
+        self._outputs = slots + LONGEST  # guesses are made for one sequence at a time
         self._model: Any = None
         self._context: Any = None
         self._tokenizing = threading.Lock()
@@ -71,7 +73,6 @@ class Native:
         self.longest_piece = max(map(len, self.pieces))
         self._logits_at = 0
         self._logits = np.empty((0, self.vocabulary), np.float32)
-        self._slots = slots
 
     @property
     def version(self) -> str:
@@ -117,12 +118,12 @@ class Native:
         return bool(self._api.llama_decode(self._context, self._batch) == 0)
 
     def logits(self) -> NDArray[np.float32]:
-        """[slots, vocabulary], a view: row i belongs to the i-th wanted row of the last `decode`, until the next."""
+        """[outputs, vocabulary], a view: row i belongs to the i-th wanted row of the last `decode`, until the next."""
         pointer = self._api.llama_get_logits(self._context)
         address = ctypes.addressof(pointer.contents)
         if address != self._logits_at:
-            floats: Any = (ctypes.c_float * (self._slots * self.vocabulary)).from_address(address)
-            self._logits = np.frombuffer(floats, np.float32).reshape(self._slots, self.vocabulary)
+            floats: Any = (ctypes.c_float * (self._outputs * self.vocabulary)).from_address(address)
+            self._logits = np.frombuffer(floats, np.float32).reshape(self._outputs, self.vocabulary)
             self._logits_at = address
         return self._logits
 
@@ -181,7 +182,7 @@ class Native:
         # running ones. The price: llama.cpp computes sequences together only if their numbers follow each other.
         params.kv_unified = False
         params.n_batch = params.n_ubatch = BATCH
-        params.n_outputs_max = slots
+        params.n_outputs_max = self._outputs
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
         self._context = self._api.llama_init_from_model(self._model, params)

@@ -40,6 +40,11 @@ class TextStream:
         self._pending = self._total = 0
         self._logprobs: list[TokenLogprob] = []
 
+    @property
+    def left(self) -> int:
+        """How many tokens it can still take."""
+        return self._max_tokens - self._total
+
     def push(self, sampled: Sampled) -> Delta | None:
         """Take one token. None while all its text is held back; the delta that ends the answer has the usage."""
         self._total += 1

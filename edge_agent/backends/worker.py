@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from edge_agent.backends.batch import Batcher, Event, Job
+from edge_agent.backends.drafting import Drafter
 from edge_agent.backends.native import Native
 from edge_agent.backends.prefixes import Prefixes
 from edge_agent.backends.saved import Saved
@@ -83,7 +84,7 @@ class Worker:
             self._failed(error)
             return
         try:
-            batcher = Batcher(native, self._slots, prefixes=self._prefixes)
+            batcher = Batcher(native, self._slots, prefixes=self._prefixes, drafter=Drafter())
             saved = None if self._saved is None else self._saved(native)
             if saved is not None:
                 saved.load(batcher.restore)

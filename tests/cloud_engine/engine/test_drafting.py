@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cloud_engine.engine.config import EngineConfig, resolve
 from cloud_engine.engine.drafting import Drafter
-from cloud_engine.engine.lookup import FIRST_RATE, LONGEST, MATCHES, Lookup
 from cloud_engine.engine.sequence import Sequence, State
 from cloud_engine.engine.work import Work
+from shared.lookup import FIRST_RATE, LONGEST, MATCHES, Lookup
 from shared.schemas import Sampling
 
 

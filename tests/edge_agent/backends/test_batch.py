@@ -2,6 +2,7 @@
 
 import itertools
 import zlib
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.backends.batch import MIN_CHUNK, Batcher, Job
+from edge_agent.backends.drafting import Drafter, Drafts
 from edge_agent.backends.prefixes import Kept, Prefixes
 from edge_agent.backends.sampling import Sampler
 from edge_agent.backends.text import TextStream
@@ -23,7 +25,9 @@ PIECES = [f"<{token}>".encode() for token in range(VOCABULARY)]
 
 
 def next_token(tokens: list[int]) -> int:
-    return zlib.crc32(bytes(tokens)) % VOCABULARY
+    """Follows from the whole sequence, and is often what stood three tokens before."""
+    found = zlib.crc32(bytes(tokens))
+    return tokens[-3] if found % 8 and len(tokens) > 2 else found % VOCABULARY
 
 
 def alone(prompt: list[int], count: int) -> str:
@@ -94,9 +98,9 @@ class FakeRuntime:
 class Client:
     """One request and what it got."""
 
-    def __init__(self, prompt: list[int], count: int) -> None:
+    def __init__(self, prompt: list[int], count: int, **fields: Any) -> None:
         tokens = np.array(prompt, np.int32)
-        sampling = Sampling(temperature=0)
+        sampling = Sampling(**({"temperature": 0.0} | fields))
         text = TextStream(PIECES, set(), sampling, prompt_tokens=len(prompt), max_tokens=count)
         self.prompt, self.count = prompt, count
         self.events: list[Delta | CausewayError] = []
@@ -138,13 +142,15 @@ prompts = st.one_of(
     st.integers(1, 4),
     st.booleans(),
     st.sampled_from([0, 300, 100_000]),
+    st.booleans(),
 )
 def test_every_answer_is_what_it_would_be_alone(
-    requests: list[tuple[list[int], int, int, int]], slots: int, can_cut: bool, budget: int
+    requests: list[tuple[list[int], int, int, int]], slots: int, can_cut: bool, budget: int, drafting: bool
 ) -> None:
-    """Whatever runs beside it, begins like it, came before it in its slot, was set aside or is cancelled next to it."""
+    """Whatever runs beside it, begins like it, came before it in its slot, was set aside, guessed or is cancelled."""
     runtime = FakeRuntime(can_cut=can_cut)
-    batcher = Batcher(runtime, slots, prefixes=Prefixes(budget))
+    drafter = Drafter() if drafting else None
+    batcher = Batcher(runtime, slots, itertools.count().__next__, Prefixes(budget), drafter=drafter)
     clients = []
     for prompt, count, steps, cancelled in requests:
         while batcher.running == slots:
@@ -320,3 +326,73 @@ def test_a_row_without_a_finite_number_ends_one_request(monkeypatch: pytest.Monk
     (error,) = bad.events
     assert isinstance(error, UpstreamFailed)
     assert good.text == alone(good.prompt, 5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0.3, "seed": 5, "logprobs": 2},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.1, "presence_penalty": 0.1},
+    ],
+    ids=["greedy", "sampled", "penalties"],
+)
+def test_guesses_change_nothing_but_the_number_of_steps(fields: dict[str, Any]) -> None:
+    """Some are right and some wrong: the text, the log probabilities and the cache are those of plain decoding."""
+    found: dict[bool, tuple[Any, ...]] = {}
+    for drafting in (True, False):
+        runtime, drafter = FakeRuntime(), Drafter()
+        batcher = Batcher(runtime, 2, itertools.count().__next__, drafter=drafter if drafting else None)
+        client = Client([4, 5, 6] * 3, 120, **fields)
+        batcher.admit(client.job)
+        finish(batcher)
+        logprobs = [entry for event in client.events if isinstance(event, Delta) for entry in event.logprobs]
+        found[drafting] = client.text, logprobs, runtime.cache[0], len(runtime.steps)
+        assert (0 < drafter.accepted < drafter.drafted) is drafting
+    assert found[True][:3] == found[False][:3]
+    assert found[True][3] < found[False][3]
+
+
+def test_nobody_guesses_in_company() -> None:
+    """llama.cpp would compute the guesses apart, at the others' cost; who is left alone begins again."""
+    runtime, drafter = FakeRuntime(), Drafter()
+    batcher = Batcher(runtime, 2, itertools.count().__next__, drafter=drafter)
+    first, second = Client([4, 5, 6] * 4, 100), Client([7, 8, 9] * 4, 20)
+    batcher.admit(first.job)
+    batcher.admit(second.job)
+    while batcher.running == 2:
+        advance(batcher)
+        assert drafter.drafted == 0
+    finish(batcher)
+
+    assert drafter.drafted
+    assert (first.text, second.text) == (alone(first.prompt, 100), alone(second.prompt, 20))
+
+
+def test_guesses_end_with_the_answer_and_the_context() -> None:
+    """No row is computed beyond the last token that may come, however sure the guesses are."""
+    for prompt, count in (([4, 5, 6] * 4, 30), ([4, 5, 6] * 80, CONTEXT - 240)):
+        runtime, drafter = FakeRuntime(), Drafter()
+        batcher = Batcher(runtime, 1, itertools.count().__next__, drafter=drafter)
+        client = Client(prompt, count)
+        batcher.admit(client.job)
+        finish(batcher)
+        assert client.text == alone(prompt, count)
+        assert drafter.drafted
+        assert max(map(len, runtime.cache.values())) <= len(prompt) + count
+
+
+@pytest.mark.parametrize(("row_s", "drafts"), [(0.01, True), (1.0, False)])
+def test_whether_guesses_are_made_follows_from_what_rows_cost(row_s: float, drafts: bool) -> None:
+    """Where each row takes as long as a step, no guess is worth it; where rows are nearly free, all are."""
+    drafter = Drafter()
+    drafter.observe(0, 1.0)
+    for _ in range(50):
+        drafter.observe(4, 1.0 + 4 * row_s)
+    guesses = Drafts(drafter).propose(np.array([4, 5, 6] * 4, np.int32), 100)
+
+    assert bool(guesses) is drafts
+    assert drafter.free_rows == pytest.approx(64.0 if drafts else 0.0)
+    for _ in range(400):
+        drafter.observe(0, 1.0)
+    assert drafter.free_rows == pytest.approx(1.0, abs=0.01)  # and it is tried again

@@ -46,3 +46,17 @@ class Lookup:
     def rest(self) -> None:
         """A guess was not worth a row."""
         self.rate += HOPE * (FIRST_RATE - self.rate)
+
+
+def worth(rate: float, guesses: int, *, free_rows: float, rows: int, expected: float) -> tuple[int, float]:
+    """How many of one sequence's guesses are worth rows of a step that has `rows` without them and is expected to give
+    so many tokens; and how many it is expected to give with them.
+
+    `free_rows` is how many rows cost as much as what a step costs whatever its rows, so that its worth, with T tokens
+    expected of R rows, is T / (free_rows + R). A guess that is right with probability p belongs in it if that rises:
+    if p > T / (free_rows + R). It is right if those before it were, so p falls with each.
+    """
+    count, chance = 0, rate
+    while count < guesses and chance * (free_rows + rows + count) > expected:
+        count, expected, chance = count + 1, expected + chance, chance * rate
+    return count, expected
