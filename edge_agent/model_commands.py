@@ -1,8 +1,9 @@
-"""The commands about models: `pull`, `catalogue`, `list`, `show`, `verify`, `rm`. Heavy imports wait until needed."""
+"""The commands about models, from `pull` to `stop`. Heavy imports wait until they are needed."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,11 @@ import typer
 
 if TYPE_CHECKING:
     from edge_agent.pull import Told
+    from edge_agent.running import Running
 
 Name = Annotated[str, typer.Argument(help="As `list` shows it.")]
+
+StateDir = Annotated[Path | None, typer.Option(help="The daemon's; without it, the usual one.")]
 
 
 def add_model_commands(app: typer.Typer) -> None:
@@ -21,6 +25,8 @@ def add_model_commands(app: typer.Typer) -> None:
     app.command()(show)
     app.command()(verify)
     app.command("rm")(remove)
+    app.command()(ps)
+    app.command()(stop)
 
 
 def pull(
@@ -116,6 +122,26 @@ def remove(
 
     remove_model(name, store=_store(), force=force)
     typer.echo(f"removed {name}")
+
+
+def ps(state_dir: StateDir = None) -> None:
+    """The models in the running daemon's memory: name, size, context, how long they stay."""
+    from edge_agent.running import table
+
+    typer.echo(table(_running(state_dir).loaded(), now=datetime.now(UTC)))
+
+
+def stop(name: Annotated[str, typer.Argument(help="As `ps` shows it.")], state_dir: StateDir = None) -> None:
+    """Unload a model of the running daemon, after its last answer; its next request loads it again."""
+    gone = _running(state_dir).stop(name)
+    typer.echo(f"{name} is unloaded" if gone else f"{name} still answers, and is unloaded after that")
+
+
+def _running(state_dir: Path | None) -> "Running":
+    from edge_agent.api.credentials import state_folder
+    from edge_agent.running import Running
+
+    return Running(state_dir or state_folder(os.environ, Path.home()))
 
 
 @contextmanager

@@ -46,6 +46,8 @@ PATHS = [
     "/admin/status",
     "/admin/reload",
     "/admin/nothing",
+    "/admin/models",
+    "/admin/models/small/stop",
     "/admin/status/../reload",
     "/admin//status",
 ]
