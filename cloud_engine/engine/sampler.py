@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cloud_engine.engine.draw import Draw, has_penalty
+from cloud_engine.model.rowwise import greatest
 from cloud_engine.staging import stage
 from shared.schemas import Sampling
 
@@ -48,8 +49,9 @@ def sample(logits: Tensor, draws: List[Draw]) -> list[Sampled]:
 def choose(logits: Tensor, draws: List[Draw]) -> tuple[Tensor, Tensor]:
     """The tokens [n], and the report [n, w] (float64) that `read` takes: all that the host wants to know in one tensor.
     Nothing here waits for the device: all rows at once, and what depends on settings is decided on the host."""
-    logits = _permitted(_biased(_penalised(logits.float(), draws), draws), draws)
-    best, tokens = logits.max(dim=-1)
+    if any(map(_changes, draws)):
+        logits = _permitted(_biased(_penalised(logits.float(), draws), draws), draws)
+    best, tokens = greatest(logits)
     drawn = [index for index, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if len(drawn) == len(draws) > 0:
         tokens = _draw(logits - best[:, None], draws)
@@ -59,6 +61,12 @@ def choose(logits: Tensor, draws: List[Draw]) -> tuple[Tensor, Tensor]:
         tokens.index_copy_(0, rows, _draw(relative, [draws[index] for index in drawn]))
     tokens = torch.where(best.isfinite(), tokens, FAILED)
     return tokens, torch.cat([tokens[:, None].double(), *_logprobs(logits, tokens, draws)], dim=1)
+
+
+def _changes(draw: Draw) -> bool:
+    """Whether it sees other logits than the model's."""
+    changed = draw.sampling.logit_bias or draw.barred or draw.mask is not None
+    return bool(changed) or has_penalty(draw.sampling)
 
 
 def read(report: Tensor, draws: List[Draw]) -> list[Sampled]:
@@ -81,7 +89,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, draws: List[Draw]) -> list[Tensor]
     if not wanted:
         return []
     rows = _rows(list(wanted), logits)
-    logprobs = logits.index_select(0, rows).log_softmax(dim=-1)
+    logprobs = logits.index_select(0, rows).float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens.index_select(0, rows)[:, None].clamp(min=0))
     values, ids = logprobs.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)
     found = torch.cat([own.double(), ids.double(), values.double()], dim=1)

@@ -20,6 +20,7 @@ _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {
     "norm": [*[_POINTER] * 3, _LONG, _INT, ctypes.c_float, _INT],
     "gate": [*[_POINTER] * 2, _LONG, _INT, _INT],
+    "greatest": [*[_POINTER] * 3, _LONG, _INT, _INT],
     "rotate": [_POINTER, _LONG, *[_POINTER] * 3, _LONG, _INT, _INT, _INT],
 }
 
@@ -60,6 +61,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     parts = (x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
     run(*parts, rows, heads, dim // 2, threads())
     return out
+
+
+def greatest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest number (float32) of each row of x [rows, size], and the first place where it is; if a number is NaN,
+    that one. torch needs a copy in float32, and then one step a number."""
+    run = _native("greatest", x) if x.is_contiguous() and x.shape[1] else None
+    if run is None:
+        values, places = x.max(dim=-1)
+        return values.float(), places
+    values, places = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int64)
+    run(x.data_ptr(), values.data_ptr(), places.data_ptr(), *x.shape, threads())
+    return values, places
 
 
 def _native(name: str, x: Tensor) -> Callable[..., None] | None:

@@ -76,7 +76,8 @@ void attend(const Step<T>& step, const Item& item, const Item* after, Keys<T>& k
             continue;
         }
         T* to = item.place(step, r);
-        for (int d = 0; d < dim; d += LANES) store(to + d, load(result + d) / found.weight[r]);
+        const float share = 1 / found.weight[r];
+        for (int d = 0; d < dim; d += LANES) store(to + d, load(result + d) * share);
     }
 }
 

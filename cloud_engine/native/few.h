@@ -95,7 +95,7 @@ void attend_few(const Step<T>& step, const Item& item, int from, const Keys<T>& 
         for (int c = 0; c < vectors; c++)
             for (int r = 0; r < rows; r++)
                 store(scores + r * KEYS + c * LANES,
-                      dots(item.query(step, h * rows + r), keys.at + c * LANES, h * dim, dim, ahead, asks) * step.scale);
+                      dots(item.query(step, h * rows + r), keys.at + c * LANES, h * dim, dim, ahead, asks));
         const Found mine{found.best + h * rows, found.weight + h * rows, found.result + int64_t(h) * rows * dim};
         soften_rows<Singles>(step, item, from, keys.count, scores, scores, mine);
         weigh_rows(keys, step.values() + h * dim, rows, scores, mine.result, dim, ahead);

@@ -89,9 +89,11 @@ struct Turned {
     }
 
     void begin(const Step<T>& step, const Item& item) {
-        for (int r = 0; r < item.rows_of_head(step); r++)
-            for (int d = 0; d < step.dim; d += LANES)
-                store(&queries[r * step.dim + d], load(item.query(step, r) + d));
+        for (int r = 0; r < item.rows_of_head(step); r++) {
+            const T* query = item.query(step, r);
+            if constexpr (std::is_same_v<T, Value>) std::copy_n(query, step.dim, &queries[r * step.dim]);
+            else for (int d = 0; d < step.dim; d += LANES) store(&queries[r * step.dim + d], load(query + d));
+        }
     }
 
     void turn(const Step<T>& step, const Keys<T>& tile) {
@@ -116,7 +118,6 @@ struct Turned {
         const int rows = item.rows_of_head(step), dim = step.dim, vectors = (tile.count + LANES - 1) / LANES;
         turn(step, tile);
         multiply<Inner>(queries.data(), dim, keys.data(), KEYS, dim / WIDTH, scores.data(), KEYS, false, rows, vectors);
-        for (int i = 0; i < rows * KEYS; i += LANES) store(&scores[i], load(&scores[i]) * step.scale);
         soften_rows<Inner>(step, item, from, tile.count, scores.data(), weights.data(), found);
         multiply<Inner>(weights.data(), KEYS, values.data(), dim, (tile.count + WIDTH - 1) / WIDTH, found.result, dim,
                         true, rows, dim / LANES);

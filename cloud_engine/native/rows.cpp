@@ -55,6 +55,35 @@ void rotate(const T* x, int64_t stride, const T* cosines, const T* sines, T* out
         }
 }
 
+// The largest number of each row and the first place where it is; if a number is NaN, that one.
+template <class T>
+void greatest(const T* x, float* values, int64_t* places, int64_t rows, int size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++) {
+        const T* row = x + r * size;
+        float best = number(row[0]);
+        int place = 0, i = 0;
+        auto consider = [&](float value, int at) {
+            const bool better = value > best || (value != value && best == best);
+            const bool equal = value == best || (value != value && best != best);
+            if (better || (equal && at < place)) best = value, place = at;
+        };
+        if (size >= LANES) {
+            Floats most = load(row);
+            Ints where{};
+            for (i = LANES; i + LANES <= size; i += LANES) {
+                const Floats part = load(row + i);
+                const Ints better = (part > most) | ((part != part) & (most == most));
+                most = better ? part : most;
+                where = better ? Ints{} + i : where;
+            }
+            for (int lane = 0; lane < LANES; lane++) consider(most[lane], where[lane] + lane);
+        }
+        for (; i < size; i++) consider(number(row[i]), i);
+        values[r] = best, places[r] = place;
+    }
+}
+
 }  // namespace
 
 #define ROWS(SUFFIX, T)                                                                                             \
@@ -68,6 +97,10 @@ void rotate(const T* x, int64_t stride, const T* cosines, const T* sines, T* out
     extern "C" void rotate_##SUFFIX(const void* x, int64_t stride, const void* cosines, const void* sines,          \
                                     void* out, int64_t rows, int heads, int half, int threads) {                    \
         rotate((const T*)x, stride, (const T*)cosines, (const T*)sines, (T*)out, rows, heads, half, threads);       \
+    }                                                                                                               \
+    extern "C" void greatest_##SUFFIX(const void* x, float* values, int64_t* places, int64_t rows, int size,        \
+                                      int threads) {                                                                \
+        greatest((const T*)x, values, places, rows, size, threads);                                                 \
     }
 
 ROWS(float32, float)

@@ -12,16 +12,17 @@ struct Found {
     float *best, *weight, *result;
 };
 
-// Scores of a row with a tile of keys become weights; what it found before is scaled to the new maximum. Keys outside
+// Products of a row with a tile of keys become weights of `scale` times as much; what it found before is scaled to the new maximum. Keys outside
 // [low, high), counted from the tile's first, are hidden. `weights` may be `scores`.
 template <class Step>
-void soften(const float* scores, typename Step::Value* weights, int vectors, int low, int high, Found row, int dim) {
+void soften(const float* scores, typename Step::Value* weights, int vectors, int low, int high, float scale, Found row,
+            int dim) {
     Ints number;
     for (int i = 0; i < LANES; i++) number[i] = i;
     Floats most = splat(NONE), seen[KEYS / LANES];
     for (int c = 0; c < vectors; c++) {
         const Ints key = number + c * LANES;
-        seen[c] = (key >= low) & (key < high) ? load(scores + c * LANES) : splat(NONE);
+        seen[c] = (key >= low) & (key < high) ? load(scores + c * LANES) * scale : splat(NONE);
         most = larger(seen[c], most);
     }
     const float now = std::max(*row.best, largest(most));
@@ -54,7 +55,7 @@ void soften_rows(const Step<T>& step, const Item& item, int from, int count, con
         const int64_t position = behind + item.row + r / group;
         const int low = int(std::clamp<int64_t>(position + 1 - step.window - from, 0, KEYS));
         const int high = int(std::min<int64_t>(count, position + 1 - from));
-        soften<Inner>(scores + r * KEYS, weights + r * KEYS, vectors, low, high,
+        soften<Inner>(scores + r * KEYS, weights + r * KEYS, vectors, low, high, step.scale,
                       {first.best + r, first.weight + r, first.result + int64_t(r) * step.dim}, step.dim);
     }
 }

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cloud_engine.model import rowwise
-from cloud_engine.model.rowwise import rms_norm, rotate, silu_gate
+from cloud_engine.model.rowwise import greatest, rms_norm, rotate, silu_gate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -67,3 +69,18 @@ def test_a_number_that_is_not_one_stays_so():
         assert out[0].isfinite().all()
         assert out[1].isnan().any()
     assert silu_gate(x.bfloat16())[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 16, 100, 4099])
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_greatest(compiled, rows, size, dtype):
+    """The first of equal ones, wherever they are; rows that are infinite, or hold a NaN, say so."""
+    x = torch.randint(-9, 9, (rows, size)).to(dtype)
+    if rows == 40:
+        x[1], x[2, size // 2 :], x[3, -1], x[4, size // 3] = -math.inf, math.inf, math.nan, math.nan
+    values, places = greatest(x)
+    expected, first = x.float().max(dim=-1)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, expected, atol=0, rtol=0, equal_nan=True)
+    assert torch.equal(places, first)
