@@ -1,4 +1,4 @@
-"""The command line: `serve`, `chat`, `keys new`, and the commands about models. Heavy imports wait until needed."""
+"""The command line: `serve`, `chat`, `keys new`, models and the cache. Heavy imports wait until needed."""
 
 import asyncio
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from edge_agent.cache_commands import cache_app
 from edge_agent.model_commands import add_model_commands
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients beyond loopback must show.")
 app.add_typer(keys_app, name="keys")
+app.add_typer(cache_app, name="cache")
 add_model_commands(app)
 
 EXIT_ERROR = 2
@@ -40,6 +42,7 @@ def serve(
     context: Annotated[int | None, typer.Option(help="Tokens of one request, prompt and output.")] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads of the local model.")] = None,
     queue: Annotated[int | None, typer.Option(help="Requests that may wait for the local model.")] = None,
+    cache: Annotated[bool | None, typer.Option("--cache/--no-cache", help="Keep answers, to serve them again.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     keys: Annotated[Path | None, typer.Option(help="Hashes of the clients' keys, see `keys new`.")] = None,

@@ -54,17 +54,22 @@ class EdgeSettings(Settings):
     """Keep answers, to serve them again to the same question; the policy says which."""
     cache_memory_mb: Annotated[int, Field(ge=0, le=1 << 16)] = 32
     cache_memory_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600.0
-    prefix_memory_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 128
-    """MiB of memory for what was computed of prompts and has no slot any more."""
-    prefix_disk_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 256
-    """MiB in the state folder for the same between two starts; 0: none. Readable there are the tokens of prompts and
-    answers, but of none that is labelled `edge_only` or `redact`."""
     cache_disk_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 256
     cache_disk_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 604_800.0
     cache_dir: Path | None = None
     """Where `answers.db` lies; none: the state folder."""
     cache_key: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Encrypts what is kept outside this process: a file with a secret, mode 0600, or `keyring`: the system's own."""
+    redis_url: str | None = None
+    """`redis://HOST:PORT`, `rediss://HOST:PORT` or `unix:///SOCKET`: where devices share answers to `free` requests."""
+    redis_password_file: Path | None = None
+    """Holds its password; mode 0600."""
+    cache_redis_ttl_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 86_400.0
+    prefix_memory_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 128
+    """MiB of memory for what was computed of prompts and has no slot any more."""
+    prefix_disk_mb: Annotated[int, Field(ge=0, le=1 << 20)] = 256
+    """MiB in the state folder for the same between two starts; 0: none. Readable there are the tokens of prompts and
+    answers, but of none that is labelled `edge_only` or `redact`."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     keys: Path | None = None
@@ -91,6 +96,11 @@ class EdgeSettings(Settings):
     def _with_wire_path(cls, url: str | None) -> str | None:
         return None if url is None else cloud_url(url)
 
+    @field_validator("redis_url")
+    @classmethod
+    def _plain_redis(cls, url: str | None) -> str | None:
+        return None if url is None else redis_address(url)
+
     @model_validator(mode="after")
     def _coherent(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -105,10 +115,22 @@ class EdgeSettings(Settings):
     def cloud_in_use(self) -> str | None:
         return None if self.no_cloud else self.cloud
 
+    @property
+    def redis_in_use(self) -> str | None:
+        """None also where it is on another machine and nothing may leave this one."""
+        parts = urlsplit(self.redis_url or "")
+        here = parts.scheme == "unix" or is_loopback(parts.hostname or "")
+        return self.redis_url if here or not self.no_cloud else None
+
 
 def check(settings: EdgeSettings) -> None:
     """What would be unsafe to start with. Raises InvalidSettings."""
     check_bind(settings.host, tls=settings.tls is not None, keys=settings.keys is not None)
+    redis = urlsplit(settings.redis_url or "")
+    if redis.scheme == "redis" and not is_loopback(redis.hostname or "") and not settings.allow_plaintext:
+        raise InvalidSettings(
+            "redis_url: beyond loopback it must be rediss:// (or set allow_plaintext)", param="redis_url"
+        )
     url = settings.cloud_in_use
     if url is None:
         return
@@ -119,6 +141,20 @@ def check(settings: EdgeSettings) -> None:
         raise InvalidSettings("cloud: beyond loopback it must be wss:// (or set allow_plaintext)", param="cloud")
     if settings.key_file is None:
         raise InvalidSettings("cloud needs key_file, a file with the key it knows this device by", param="key_file")
+
+
+def redis_address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        port_fits = parts.port is None or parts.port > 0
+    except ValueError:
+        raise PydanticCustomError("url", "is not a URL") from None
+    there = parts.path if parts.scheme == "unix" else parts.hostname
+    if parts.scheme not in ("redis", "rediss", "unix") or not there or not port_fits:
+        raise PydanticCustomError("url", "must be redis://HOST:PORT, rediss://HOST:PORT or unix:///SOCKET")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise PydanticCustomError("url", "must hold no user, password, query or fragment: see redis_password_file")
+    return url
 
 
 def cloud_url(url: str) -> str:

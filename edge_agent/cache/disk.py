@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class DiskLayer(Layer):
-    """Answers to edge_only requests are kept only where rows are sealed."""
+    """Where rows are not sealed, only answers to `free` requests are kept: nothing personal lies there in the clear."""
 
     name = "disk"
     exact = True
@@ -49,7 +49,7 @@ class DiskLayer(Layer):
         return self._ttl_s
 
     def takes(self, query: Query) -> bool:
-        return self._rows.sealed or query.scope.label != "edge_only"
+        return self._rows.sealed or query.scope.label == "free"
 
     async def get(self, query: Query) -> Entry | None:
         row = await self._done(lambda: self._file.get(query.key), self._patience_s)

@@ -12,6 +12,7 @@ from edge_agent.cache.secret import cache_secret
 from edge_agent.cache.semantic import Embedding, SemanticLayer
 from edge_agent.cache.store import Store
 from edge_agent.settings import EdgeSettings
+from shared.config import read_secret
 
 MB: Final = 1_000_000
 FILE: Final = "answers.db"
@@ -38,7 +39,14 @@ async def open_cache(settings: EdgeSettings, state: Path, embedding: Embedding) 
 
 def _outside(settings: EdgeSettings, state: Path, rows: Rows) -> list[Layer]:
     """Of this process."""
-    if not settings.cache_disk_mb:
-        return []
-    file = (settings.cache_dir or state) / FILE
-    return [DiskLayer(file, settings.cache_disk_mb * MB, rows=rows, ttl_s=settings.cache_disk_ttl_s)]
+    layers: list[Layer] = []
+    if settings.cache_disk_mb:
+        file = (settings.cache_dir or state) / FILE
+        layers.append(DiskLayer(file, settings.cache_disk_mb * MB, rows=rows, ttl_s=settings.cache_disk_ttl_s))
+    if settings.redis_in_use:
+        from edge_agent.cache.redis import RedisLayer
+
+        secret = settings.redis_password_file
+        password = read_secret(secret, "redis_password_file") if secret else None
+        layers.append(RedisLayer(settings.redis_in_use, password=password, rows=rows, ttl_s=settings.cache_redis_ttl_s))
+    return layers

@@ -149,3 +149,26 @@ def test_a_cloud_beyond_loopback_needs_its_key() -> None:
         check(settings(cloud="wss://cloud.example"))
 
     assert error.value.param == "key_file"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h", "redis://", "redis://user:pass@h", "redis://h:x", "redis://h?db=1", "unix://", "redis://h:0"]
+)
+def test_a_redis_address_is_one_and_holds_no_secret(url: str) -> None:
+    """What cannot be connected to, or would have a password in it, is refused by name."""
+    with pytest.raises(InvalidSettings) as refused:
+        settings(redis_url=url)
+    assert refused.value.param == "redis_url"
+
+
+def test_what_is_shared_crosses_networks_encrypted_or_not_at_all() -> None:
+    """In the clear to another machine: refused; with no_cloud nothing goes to another machine, but a local one may."""
+    with pytest.raises(InvalidSettings) as refused:
+        check(settings(redis_url="redis://10.0.0.1:6379"))
+    assert refused.value.param == "redis_url"
+
+    for url in ("rediss://10.0.0.1:6379", "redis://127.0.0.1:6379", "unix:///run/redis.sock"):
+        check(settings(redis_url=url))
+        assert settings(redis_url=url).redis_in_use == url
+    assert settings(redis_url="rediss://10.0.0.1:6379", no_cloud=True).redis_in_use is None
+    assert settings(redis_url="unix:///run/redis.sock", no_cloud=True).redis_in_use == "unix:///run/redis.sock"

@@ -123,12 +123,13 @@ async def test_what_has_expired_is_removed(tmp_path: Path) -> None:
         assert layer.stats().entries == 260
 
 
-async def test_edge_only_lies_on_disk_only_where_it_is_sealed(tmp_path: Path) -> None:
+async def test_what_is_private_lies_on_disk_only_where_it_is_sealed(tmp_path: Path) -> None:
     """In the clear it is not even taken; and sealed, no text of it is in any file."""
     private, path = query(label="edge_only"), tmp_path / "a.db"
     async with disk(path) as layer:
         assert not layer.takes(private)
-        assert layer.takes(query(label="redact"))
+        assert not layer.takes(query(label="redact"))
+        assert layer.takes(query())
 
     async with disk(path, rows=Rows(Seal("key"))) as layer:
         assert layer.takes(private)

@@ -82,6 +82,7 @@ def use_ring(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ({}, ["memory", "disk", "semantic"]),
         ({"cache_memory_mb": 0}, ["disk", "semantic"]),
+        ({"redis_url": "unix:///nowhere/redis.sock"}, ["memory", "disk", "redis", "semantic"]),
         ({"cache_disk_mb": 0}, ["memory", "semantic"]),
         ({"cache_disk_mb": 0, "cache_memory_mb": 0}, []),
         ({"cache": False}, []),
