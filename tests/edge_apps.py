@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 from edge_sides import daemon_over, policy_file
+from fastapi import FastAPI
 from serving import served
 
 from edge_agent.api.admin import add_admin
@@ -30,8 +31,9 @@ TOOL = {
 class Edge:
     """A running edge over scripted sides."""
 
-    def __init__(self, daemon: Daemon, port: int) -> None:
+    def __init__(self, daemon: Daemon, app: FastAPI, port: int) -> None:
         self.daemon = daemon
+        self.app = app
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
 
@@ -53,4 +55,4 @@ async def edge(
     app = edge_app(daemon, keys=keys, guard=Guard(), administrators=Administrators(TOKEN))
     add_admin(app, daemon, token=TOKEN)
     async with served(app) as port:
-        yield Edge(daemon, port)
+        yield Edge(daemon, app, port)
