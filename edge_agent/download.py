@@ -69,11 +69,20 @@ class _BrokeError(Exception):
 
 
 class Download:
-    """One file in `folder`, possibly in several parts. `size` is what it must have, 0 if nobody knows."""
+    """One file in `folder`, possibly in several parts. `size` is what it must have, 0 if nobody knows, `most` what it
+    may."""
 
     def __init__(
-        self, url: str, folder: Path, told: Told, *, credential: Credential | None = None, size: int = 0
+        self,
+        url: str,
+        folder: Path,
+        told: Told,
+        *,
+        credential: Credential | None = None,
+        size: int = 0,
+        most: int = MAX_BYTES,
     ) -> None:
+        self._most = most
         self._url = check_url(url)
         self._told = told
         self._credential = credential
@@ -190,7 +199,7 @@ class Download:
             self._state.write_bytes(msgspec.json.encode(State(self._url, self._tag, self._total or 0)))
 
     def _receive(self, reply: httpx.Response) -> None:
-        limit = self._total or self._expected or MAX_BYTES
+        limit = min(self._total or self._expected or self._most, self._most)
         with self._file.open("ab") as file:
             self._told(self._size, self._total)
             for chunk in reply.iter_raw():  # as it comes: what arrived before a break is kept

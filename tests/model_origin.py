@@ -37,13 +37,14 @@ def model_bytes(padding: int = 100_000, template: str = TEMPLATE) -> bytes:
 
 
 class Origin:
-    """A server of one file under every path, and of listings under /api.
+    """A server of one file under every path, but for the names of `files`, and of listings under /api.
 
     `cut` are the bytes after which each of the next replies breaks off, `statuses` what the next ones answer instead;
     `seen` are path, range and credential of each request."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
+        self.files: dict[str, bytes] = {}
         self.cut: list[int] = []
         self.statuses: list[int] = []
         self.headers: dict[str, str] = {}
@@ -76,12 +77,13 @@ class Origin:
         start = 0
         if self.obeys_ranges and wanted and handler.headers.get("if-range") == self.tag:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        body = self.content[start:]
+        content = self.files.get(handler.path.rpartition("/")[2], self.content)
+        body = content[start:]
         headers = {"content-length": str(len(body) if self.declared is None else self.declared)}
         if self.tag:
             headers["etag"] = self.tag
         if start:
-            headers["content-range"] = f"bytes {start}-{len(self.content) - 1}/{len(self.content)}"
+            headers["content-range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self._plain(handler, 206 if start else 200, headers, body[: self.cut.pop(0)] if self.cut else body)
 
     def _plain(

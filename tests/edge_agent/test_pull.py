@@ -207,9 +207,23 @@ def test_another_source_does_not_take_a_name_over(store: Path) -> None:
         with pytest.raises(BadRequest, match="--name"):
             pull(f"{other}/tiny.gguf", store)
         pull(f"{other}/tiny.gguf", store, name="other")
+        assert file.read_bytes() == MODEL
+        pull(f"{other}/tiny.gguf", store, again=True)
 
-    assert file.read_bytes() == MODEL
+    assert file.read_bytes() == model_bytes(50_000)
     assert len(installed(store)) == 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_two_names_of_one_file_do_not_meet(store: Path, again: bool) -> None:
+    """`a:b` and `a-b` would lie in the same place: the second is refused, and the first stays."""
+    with serving(Origin(MODEL)) as url:
+        file = pull(f"{url}/x.gguf", store, name="a:b").file
+        with pytest.raises(BadRequest, match="a:b"):
+            pull(f"{url}/y.gguf", store, name="a-b", again=again)
+
+    verify(file)
+    assert [model.manifest.name for model in installed(store)] == ["a:b"]
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(store: Path) -> None:

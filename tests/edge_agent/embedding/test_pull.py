@@ -1,4 +1,4 @@
-"""Pulling a model of embeddings: from a package or a path to one file in the store."""
+"""Pulling a model of embeddings: from anywhere to one file in the store."""
 
 import hashlib
 import zipfile
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from model_origin import Origin, model_bytes, serving
 
 from edge_agent import sources
 from edge_agent.catalogue import Entry
@@ -144,8 +145,30 @@ def test_a_folder_on_this_machine(tmp_path: Path, tiny_source: Path) -> None:
     assert left(store) == ["mine.json", "mine.onnx"]
 
 
-def test_a_url_of_weights_alone_is_refused(tmp_path: Path) -> None:
-    """Before anything is asked for: the files beside them would be missing."""
-    with pytest.raises(BadRequest, match="package or a path"):
-        fetched("https://example.com/model.safetensors", tmp_path / "store", name="mine")
-    assert left(tmp_path / "store") == []
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_model_can_come_over_http(tmp_path: Path, tiny_source: Path, hub: bool) -> None:
+    """From a server or a hub, with the small files beside it; it is the same as from a path."""
+    origin = Origin(b"")
+    origin.files = {name: (tiny_source / name).read_bytes() for name in (WEIGHTS, *SOURCE_FILES)}
+    local = fetched(str(tiny_source / WEIGHTS), tmp_path / "other", name="tiny")
+    with serving(origin) as url:
+        what = f"hf://org/repo/{WEIGHTS}" if hub else f"{url}/folder/{WEIGHTS}"
+        made = pull(what, store=tmp_path / "store", told=lambda step: None, name="tiny", env={"HF_ENDPOINT": url})
+
+    assert made.manifest.sha256 == local.manifest.sha256
+    assert len(origin.seen) == 1 + len(SOURCE_FILES)
+    assert left(tmp_path / "store") == ["tiny.json", "tiny.onnx"]
+
+
+def test_one_name_is_not_of_two_kinds(tmp_path: Path, tiny_source: Path) -> None:
+    """A chat model does not take the place of one that makes embeddings, nor the other way round."""
+    store, chat = tmp_path / "store", tmp_path / "chat.gguf"
+    chat.write_bytes(model_bytes(100))
+    fetched(str(tiny_source / WEIGHTS), store, name="one")
+    fetched(str(chat), store, name="two")
+
+    for what, name in ((chat, "one"), (tiny_source / WEIGHTS, "two")):
+        with pytest.raises(BadRequest, match="--name"):
+            fetched(str(what), store, name=name)
+
+    assert [model.manifest.kind for model in installed(store)] == ["embedding", "chat"]
