@@ -21,8 +21,11 @@ from typing import Annotated, Any
 import httpx
 import psutil
 import typer
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 HERE = Path(__file__).resolve().parent
 RUN = HERE.parent / ".run"
@@ -185,15 +188,14 @@ def events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def summary(rows: list[Row]) -> Table:
-    table = Table(title="Who answered")
-    for heading in ("prompt", "route", "reason"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("first token", "tokens", "tokens/s"):
-        table.add_column(heading, justify="right")
+    """The numbers in columns; the reason, which is long, wrapped under the prompt."""
+    table = Table(title="Who answered", box=box.SIMPLE_HEAD, show_lines=False)
+    table.add_column("prompt, and why")
+    for heading in ("route", "first token", "tokens", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            row.title, row.route, row.reason, f"{row.first_s * 1e3:.0f} ms", str(row.tokens), f"{row.tokens_per_s:.0f}"
-        )
+        asked = Group(Text(row.title), Padding(Text(row.reason, style="dim"), (0, 0, 1, 2)))
+        table.add_row(asked, row.route, f"{row.first_s * 1e3:.0f} ms", str(row.tokens), f"{row.tokens_per_s:.0f}")
     return table
 
 

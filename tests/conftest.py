@@ -1,12 +1,21 @@
 """Fixtures every package's tests share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 # Read where Triton is imported, which transformers may do: kernels run on the CPU, unless somebody with a GPU says 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_unconfigure() -> None:
+    """Importing llama_cpp opens /dev/null twice for good; left to the interpreter's end, each is a warning."""
+    utils = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if (stream := getattr(utils, name, None)) is not None:
+            stream.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,13 @@
 """Every file in deploy/ is loaded by the code that would read it."""
 
 import configparser
+import os
+import plistlib
+import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +22,16 @@ from router.policy import parse
 from shared.config import load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-LOADED_HERE = {"policy.yaml", "edge.toml", "cloud.toml", "edge-agent.service", "cloud-engine.service"}
+PLIST = "org.causeway.edge-agent.plist"
+LOADED_HERE = {
+    "policy.yaml",
+    "edge.toml",
+    "cloud.toml",
+    "edge-agent.service",
+    "cloud-engine.service",
+    PLIST,
+    "windows.md",
+}
 RUN_BY_SYSTEM_TESTS = {"local.py"}
 
 
@@ -90,3 +105,50 @@ def test_units_start_a_command_that_exists(unit: str, app: object) -> None:
     assert Path(program).name == unit.removesuffix(".service")
     assert int(file["Service"]["TimeoutStopSec"]) > EdgeSettings().drain_s
     assert all(option in shown for option in options if option.startswith("--"))
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")
+@pytest.mark.parametrize("unit", ["edge-agent.service", "cloud-engine.service"])
+def test_systemd_takes_the_units(tmp_path: Path, unit: str) -> None:
+    """Every directive is one that systemd knows, with a value that it takes; and it would notice one that is not."""
+    text = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", (DEPLOY / unit).read_text())
+
+    def verified(content: str) -> str:
+        (tmp_path / unit).write_text(content)
+        command = ["systemd-analyze", "verify", "--user", str(tmp_path / unit)]
+        env = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+        return "\n".join(line for line in done.stderr.splitlines() if unit in line)
+
+    assert verified(text) == ""
+    assert "Restrat" in verified(text.replace("Restart=", "Restrat="))
+
+
+def test_launchd_starts_a_command_that_exists() -> None:
+    """The property list can be read, gives the drain its time, and passes options that are ours."""
+    with (DEPLOY / PLIST).open("rb") as stream:
+        agent = plistlib.load(stream)
+
+    shell, flag, line = agent["ProgramArguments"]
+    word, program, command, *options = shlex.split(line)
+    assert (shell, flag, word) == ("/bin/sh", "-c", "exec")
+    assert Path(program).name == "edge-agent"
+    assert set(filter(lambda option: option.startswith("--"), options)) <= options_of(command)
+    assert f"{agent['Label']}.plist" == PLIST
+    assert agent["ExitTimeOut"] > EdgeSettings().drain_s
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}
+    assert agent["Umask"] == 0o077
+
+
+def test_the_windows_notes_name_commands_that_exist() -> None:
+    """Each `edge-agent.exe` line of theirs passes options that are ours."""
+    lines = re.findall(r'edge-agent\.exe\\"? (\w+)(.*)', (DEPLOY / "windows.md").read_text())
+
+    assert lines
+    for command, rest in lines:
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options_of(command)
+
+
+def options_of(command: str) -> set[str]:
+    shown = CliRunner().invoke(edge_agent.__main__.app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return set(re.findall(r"--[a-z][a-z-]+", shown.output))
