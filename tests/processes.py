@@ -48,6 +48,7 @@ def edge_agent(folder: Path, *args: str, **env: str) -> Iterator[Running]:
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=environment(folder, **env),
+            umask=0,  # what is private must not owe it to the user's umask
         )
     try:
         yield Running(process, _url(process, out), out)

@@ -3,12 +3,14 @@
 import json
 import signal
 import socket
+import stat
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from clients import HELLO, stream, text_of, until
 from processes import command, edge_agent, environment
@@ -122,8 +124,9 @@ def test_the_recorder_sees_the_cloud_where_there_is_one(model_path: Path, tmp_pa
 
 
 def test_without_a_cloud_the_daemon_sends_nothing_anywhere(model_path: Path, tmp_path: Path) -> None:
-    """No telemetry, no update check: over a run of requests good and bad no process of it opens an outgoing socket. A
-    second daemon on its state folder is refused by name, with exit status 2."""
+    """No telemetry, no update check: over a run of requests good and bad no process of it opens an outgoing socket.
+    S-21: none listens but on the one port. S-09: nothing in its state folder can be read by others. A second
+    daemon there is refused by name, with exit status 2."""
     with (
         edge_agent(tmp_path, "--model", str(model_path), **recorder(tmp_path)) as edge,
         httpx.Client(base_url=edge.url, timeout=120) as client,
@@ -136,6 +139,13 @@ def test_without_a_cloud_the_daemon_sends_nothing_anywhere(model_path: Path, tmp
             client.get("/health").status_code,
             client.get("/metrics").status_code,
         ]
+        tree = [psutil.Process(edge.process.pid), *psutil.Process(edge.process.pid).children(recursive=True)]
+        listening = [
+            connection.laddr.port
+            for process in tree
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
         second = subprocess.run(
             command("serve", "--port", "0", "--model", str(model_path)),
             capture_output=True,
@@ -147,6 +157,11 @@ def test_without_a_cloud_the_daemon_sends_nothing_anywhere(model_path: Path, tmp
     assert all(text_of(events) for events in answers)
     assert statuses == [404, 400, 200, 200, 200]
     assert outgoing(tmp_path) == []
+    assert listening == [edge.port]
+    state = tmp_path / "state" / "causeway"
+    made = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (state, *state.rglob("*"))}
+    assert {"admin.token", "journal.db", "daemon.lock"} <= set(made)
+    assert [name for name, mode in made.items() if mode & 0o077] == []
     assert second.returncode == 2
     assert second.stderr.count("\n") == 1
     assert f"process {edge.process.pid}, {edge.url}" in second.stderr
