@@ -55,6 +55,7 @@ format: install  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 bench: model  ## side-by-side measurements; takes minutes, wants a quiet machine
+	@$(BIN)/edge-agent pull all-minilm
 	@PYTHONPATH=deploy $(BIN)/python -m tests.benchmarks
 
 clean:  ## remove the environment and what tools left behind
