@@ -31,7 +31,8 @@ END, ASKED, PAUSE = ".", "?", ","
 
 Words = tuple[str, ...]
 Sentence = tuple[Words, ...]
-"""Its parts: each begins with a linking word, after a pause, or with the sentence."""
+"""Its parts: each begins with a linking word, after a pause, or with the sentence. What stands before all else, a
+linking word at its head and a pause behind it (`In Python, how ...`), is put last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,11 @@ class Reading:
     """Quoted text, addresses, and words that mean something else with a capital letter, as they are written."""
     question: Words
     sentences: tuple[Sentence, ...]
+    """In their order."""
 
     @property
     def words(self) -> Words:
         return tuple(sorted(word for sentence in self.sentences for part in sentence for word in part))
-
-    @property
-    def order(self) -> tuple[Sentence, ...]:
-        """As it is written; in a single sentence without a negation, the parts may change places."""
-        movable = len(self.sentences) == 1 and not self.negation
-        return (tuple(sorted(self.sentences[0])),) if movable else self.sentences
 
 
 GUARDS: Final[tuple[tuple[str, Callable[[Reading], object]], ...]] = (
@@ -64,7 +60,7 @@ GUARDS: Final[tuple[tuple[str, Callable[[Reading], object]], ...]] = (
     ("names", lambda reading: reading.names),
     ("question", lambda reading: reading.question),
     ("words", lambda reading: reading.words),
-    ("order", lambda reading: reading.order),
+    ("order", lambda reading: reading.sentences),
 )
 """By name, in the order in which they are asked."""
 
@@ -92,7 +88,7 @@ class _Token:
 
     @property
     def lower(self) -> str:
-        return self.text if self.kind == "verbatim" else self.text.casefold()
+        return self.text if self.kind == "verbatim" else self.text.lower()
 
 
 def _tokens(text: str) -> list[_Token]:
@@ -126,6 +122,7 @@ def _pattern() -> "re2._Regexp[str]":
 
 
 class _Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    typical: str
     polite: tuple[str, ...]
     auxiliary: str
     silent: str
@@ -136,6 +133,7 @@ class _Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     negation: str
     numbers: str
     questions: str
+    mention: str
     cased: str
     same: tuple[tuple[str, ...], ...]
 
@@ -148,6 +146,7 @@ class _Language:
         )
         self._silent, self._linking, self._negation, self._questions = silent, linking, negation, questions
         self._verbs, self._cased = frozenset(tables.verbs.split()), frozenset(tables.cased.split())
+        self._mention = frozenset(tables.mention.split())
         self._numbers = dict(pair.split("=") for pair in tables.numbers.split())
         self._auxiliary, self._commands = frozenset(tables.auxiliary.split()), frozenset(tables.commands.split())
         self._polite = tuple(self._spelled(phrase) for phrase in tables.polite)
@@ -159,10 +158,20 @@ class _Language:
                 for command in self._commands
             }
         )
+        self._canonical = frozenset(group[0] for group in tables.same if " " not in group[0])
         self._same = _Phrases(
             {self._spelled(phrase): self._spelled(group[0]) for group in tables.same for phrase in group}
         )
-        self.common = silent | linking | negation | questions | self._verbs | self._commands | self._auxiliary
+        self.common = (
+            silent
+            | linking
+            | negation
+            | questions
+            | self._verbs
+            | self._commands
+            | self._auxiliary
+            | set(tables.typical.split())
+        )
         """Words that show that a text is in this language."""
 
     def _spelled(self, phrase: str) -> Words:
@@ -178,10 +187,11 @@ class _Language:
             for part in (one.text.split("-") if one.kind == "word" else [one.text])
         ]
 
-    def read(self, tokens: Sequence[_Token]) -> Reading:
+    def read(self, tokens: Sequence[_Token]) -> Reading | None:
         tokens = self._split(tokens)
-        plain = self._asking.replaced(self._without_polite(tuple(token.lower for token in tokens)))
-        words = tuple(self._numbers.get(word, word) for word in self._same.replaced(plain))
+        words = self._rewritten(tuple(token.lower for token in tokens))
+        if words is None:
+            return None
         return Reading(
             language=self.name,
             negation=tuple(word for word in words if word in self._negation),
@@ -192,6 +202,16 @@ class _Language:
             question=self._question(words),
             sentences=tuple(self._sentences(words)),
         )
+
+    def _rewritten(self, words: Words) -> Words | None:
+        """With one phrase for all that say the same; None where two of them stand side by side, and differ."""
+        plain = self._asking.replaced(self._without_polite(words))
+        made = self._same.replaced(plain)
+        if not self._mention.isdisjoint(made):
+            return words
+        if any(made.count(word) > max(1, plain.count(word)) for word in self._canonical):
+            return None
+        return tuple(self._numbers.get(word, word) for word in made)
 
     def _without_polite(self, words: Words) -> Words:
         """Politeness before or after what is asked is nothing; within it, it may be what is asked about."""
@@ -212,11 +232,14 @@ class _Language:
         """A capital letter says nothing at the beginning of a sentence."""
         first = True
         for one in tokens:
-            if one.kind == "verbatim":
+            if one.kind == "verbatim" or (self._is_name(one) and not (first and one.text.istitle())):
                 yield one.text
-            elif one.lower in self._cased:
-                yield one.lower if first and one.text.istitle() else one.text
             first = one.kind == "end" or (first and one.kind in ("pause", "other"))
+
+    def _is_name(self, token: _Token) -> bool:
+        """Of those that a capital letter makes another word: `Turkey`, `US`, the `A` of `vitamin A`."""
+        letter = len(token.text) == 1 and (self.name, token.text) != ("en", "I")
+        return token.text != token.lower and (letter or token.lower in self._cased)
 
     def _question(self, words: Words) -> Words:
         """What is asked for; without such a word, whether anything is, and by which verb."""
@@ -228,16 +251,17 @@ class _Language:
         return asked or (ASKED if verb or ASKED in words else "", verb)
 
     def _sentences(self, words: Words) -> Iterator[Sentence]:
-        parts, part = list[Words](), list[str]()
+        parts, part, fronted = list[Words](), list[str](), list[Words]()
         for word, following in zip((*words, END), (*words[1:], END, END), strict=True):
             closes = word in (END, ASKED)
             silent = word in self._silent or (word in self._auxiliary and following not in (END, ASKED))
             if (closes or word == PAUSE or word in self._linking) and part:
-                parts.append(tuple(part))
+                leads = word == PAUSE and not parts and not fronted and part[0] in self._linking
+                (fronted if leads else parts).append(tuple(part))
                 part = []
-            if closes and parts:
-                yield tuple(parts)
-                parts = []
+            if closes and (parts or fronted):
+                yield (*parts, *fronted)
+                parts, fronted = [], []
             if word not in (END, ASKED, PAUSE) and not silent:
                 part.append(word)
 
