@@ -116,6 +116,7 @@ def _local(settings: EdgeSettings, state: Path) -> Library:
             prefix_bytes=settings.prefix_memory_mb << 20,
             saved=state / "prefixes",
             saved_bytes=settings.prefix_disk_mb << 20,
+            context_shift=settings.context_shift,
         )
 
     return Library(

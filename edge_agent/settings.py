@@ -41,6 +41,9 @@ class EdgeSettings(Settings):
     """How many requests the local model answers at once."""
     context: Annotated[int, Field(ge=64, le=1 << 20)] | None = None
     """Of one request, prompt and output together; none: what the model was trained for, within reason."""
+    context_shift: bool = False
+    """An answer whose `max_tokens` do not fit beside its prompt goes on at the context's end: what came after the
+    prompt's beginning is forgotten, the older half first. Otherwise it ends there (`length`)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     queue: Annotated[int, Field(ge=0, le=4096)] = 64
     """How many requests may wait for a slot."""

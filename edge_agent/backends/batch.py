@@ -40,6 +40,7 @@ class Runtime(Protocol):
     def logits(self) -> NDArray[np.float32]: ...
     def keep(self, sequence: int, length: int) -> None: ...
     def share(self, source: int, target: int, length: int) -> None: ...
+    def shift(self, sequence: int, start: int, count: int) -> None: ...
     def state_size(self, sequence: int) -> int: ...
     def state(self, sequence: int) -> bytes: ...
     def restore(self, sequence: int, state: bytes) -> bool: ...
@@ -72,6 +73,8 @@ class Slot:
         self.job: Job | None = None
         self.public = 0
         """How many of its tokens may be written to disk, where no running request needs them."""
+        self.shifted = False
+        """Its tokens do not say any more what was computed of them: of use to nobody else."""
         self.drafts: Drafts | None = None
         self.draft: list[int] = []
         """Guesses of the tokens after `end`, computed in this step as if they were known."""
@@ -84,11 +87,15 @@ class Slot:
 
     def shared_prefix(self, prompt: Ids) -> int:
         # The last token of a prompt is always computed: its logits are needed.
-        return common(self.tokens[: self.length], prompt[:-1])
+        return 0 if self.shifted else common(self.tokens[: self.length], prompt[:-1])
 
 
 class Batcher:
-    """`admit` while there is a free slot, then `step`, for ever. What leaves a slot may come back from `prefixes`."""
+    """`admit` while there is a free slot, then `step`, for ever. What leaves a slot may come back from `prefixes`.
+
+    A request that may have more tokens than the context holds goes on at its end: of what follows the beginning, at
+    most half a context, the older half is forgotten, and what was computed of the rest stays as it is.
+    """
 
     def __init__(
         self,
@@ -292,15 +299,25 @@ class Batcher:
             events.append((job, delta))
             if delta.finish_reason is not None:
                 self._release(slot)
+        if slot.job is not None and slot.end > self._runtime.context_length:
+            self._shift(slot, len(job.prompt))
         return sampled.token
+
+    def _shift(self, slot: Slot, prompt: int) -> None:
+        start = min(prompt, self._runtime.context_length // 2)
+        count = (slot.length - start) // 2
+        self._runtime.shift(slot.index, start, count)
+        slot.tokens[start : slot.end - count] = slot.tokens[start + count : slot.end].copy()
+        slot.length, slot.end = slot.length - count, slot.end - count
+        slot.shifted, slot.drafts = True, None
 
     def _release(self, slot: Slot, *, computed: bool = True) -> None:
         """The slot is free; what it has computed stays, for whoever comes with the same beginning."""
         self._releases += 1
         slot.job, slot.released = None, self._releases
-        if not computed or not self._runtime.can_cut:
+        if not computed or slot.shifted or not self._runtime.can_cut:
             self._runtime.keep(slot.index, 0)
-            slot.length = 0
+            slot.length, slot.shifted = 0, False
         slot.end, slot.draft = slot.length, []
 
     def _fail(self, took: list[tuple[Slot, int]]) -> list[Event]:

@@ -19,8 +19,9 @@ from shared.tool_formats import HERMES, ToolReader
 class Jobs:
     """Of the model called `name`. May be used from any thread. Raises BadRequest if its template is broken."""
 
-    def __init__(self, native: Native, name: str) -> None:
+    def __init__(self, native: Native, name: str, *, context_shift: bool = False) -> None:
         self._native = native
+        self._shifts = context_shift and native.can_shift
         self._name = name
         self._bos = native.special("bos")
         source = native.chat_template
@@ -72,6 +73,7 @@ class Jobs:
                 param="messages" if request.messages else "prompt",
                 source="edge",
             )
+        asked = sampling.max_tokens or room
         return Job(
             number=number,
             prompt=prompt,
@@ -83,7 +85,7 @@ class Jobs:
                 native.ends,
                 sampling,
                 prompt_tokens=len(prompt),
-                max_tokens=min(room, sampling.max_tokens or room),
+                max_tokens=asked if self._shifts else min(room, asked),
                 tools=self._reader(request),
             ),
             private=request.label != "free",

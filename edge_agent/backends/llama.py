@@ -18,7 +18,7 @@ from edge_agent.backends.base import DEFAULT_CONTEXT
 from edge_agent.backends.keeper import Keeper, KeeperRules
 from edge_agent.backends.pipe import Ask, Cancel, Count, Counted, FromModel, Held, Load, Ready, Step
 from edge_agent.backends.suspects import Suspects, fingerprint
-from shared.errors import BadRequest, CausewayError, Overloaded, SlowConsumer, UpstreamFailed
+from shared.errors import BadRequest, CausewayError, DeadlineExceeded, Overloaded, SlowConsumer, UpstreamFailed
 from shared.gguf import check
 from shared.models import model_name
 from shared.schemas import ChatRequest, Delta, ModelCard
@@ -80,7 +80,7 @@ class LlamaBackend:
 
     `context` is what one request may use, prompt and output together, at most what the model was trained for; `queue`
     how many may wait for one of the `slots`. `prefix_bytes` of memory hold what was computed and has no slot any more;
-    `saved_bytes` on disk, in the folder `saved`, keep it from one start to the next.
+    `saved_bytes` on disk, in the folder `saved`, keep it from one start to the next. For `context_shift` see `Batcher`.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class LlamaBackend:
         prefix_bytes: int = 0,
         saved: Path | None = None,
         saved_bytes: int = 0,
+        context_shift: bool = False,
         rules: KeeperRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -118,6 +119,7 @@ class LlamaBackend:
                 prefix_bytes,
                 str(saved.absolute()) if saved and saved_bytes else None,
                 saved_bytes,
+                context_shift,
             ),
             received=self._on_frame,
             up=self._on_up,
@@ -138,8 +140,12 @@ class LlamaBackend:
         await self._keeper.aclose()
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
-        """See shared.schemas.Answer. Raises BadRequest, ContextTooLong, Quarantined, Overloaded, UpstreamFailed."""
+        """See shared.schemas.Answer. Raises BadRequest, ContextTooLong, DeadlineExceeded, Quarantined, Overloaded,
+        UpstreamFailed."""
         asked = self._ask(Ask, request)
+        deadline = None
+        if request.deadline_s is not None:
+            deadline = asyncio.get_running_loop().call_later(request.deadline_s, self._expire, asked)
         try:
             while True:
                 delta = await asked.take()
@@ -148,6 +154,8 @@ class LlamaBackend:
                     if delta.finish_reason is not None:
                         return
         finally:
+            if deadline is not None:
+                deadline.cancel()
             self._leave(asked)
 
     async def count_tokens(self, request: ChatRequest) -> int:
@@ -214,6 +222,10 @@ class LlamaBackend:
         """Nobody wants more of it."""
         if self._asked.pop(asked.frame.number, None) is not None:
             self._keeper.send(Cancel(asked.frame.number))
+
+    def _expire(self, asked: _Asked) -> None:
+        self._leave(asked)
+        asked.put(DeadlineExceeded("the deadline has passed", source="edge"))
 
     # --- out ---
 

@@ -159,6 +159,15 @@ class Native:
             self.keep(sequence, 0)
         return read == len(state)
 
+    @property
+    def can_shift(self) -> bool:
+        return self.can_cut and bool(self._api.llama_memory_can_shift(self._memory))
+
+    def shift(self, sequence: int, start: int, count: int) -> None:
+        """Forget `count` tokens of a sequence from `start` on; those behind them move up. Needs `can_shift`."""
+        self._api.llama_memory_seq_rm(self._memory, sequence, start, start + count)
+        self._api.llama_memory_seq_add(self._memory, sequence, start + count, -1, -count)
+
     def close(self) -> None:
         with self._tokenizing:
             if self._context is not None:

@@ -60,6 +60,7 @@ class Load(Frame, frozen=True):
     saved: str | None = None
     """The folder where prefixes lie between two lives; `saved_bytes` is its limit."""
     saved_bytes: int = 0
+    context_shift: bool = False
 
 
 class Ask(Frame, frozen=True):

@@ -106,7 +106,7 @@ class ModelProcess:
         self._worker = Worker(
             native,
             slots=load.slots,
-            opened=partial(self._opened, load.name),
+            opened=partial(self._opened, load),
             admitted=self._admitted,
             post=self._post,
             failed=self._die,
@@ -119,11 +119,11 @@ class ModelProcess:
         mark = fingerprint(Path(load.path), runtime=native.version)
         return Saved(folder, load.saved_bytes, mark, self._log)
 
-    def _opened(self, name: str, result: Native | CausewayError) -> None:
+    def _opened(self, load: Load, result: Native | CausewayError) -> None:
         try:
             if isinstance(result, CausewayError):
                 raise result
-            self._jobs = Jobs(result, name)
+            self._jobs = Jobs(result, load.name, context_shift=load.context_shift)
         except CausewayError as error:
             self._send(Broken(Fault.of(error)))
             return

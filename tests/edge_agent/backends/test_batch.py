@@ -82,6 +82,10 @@ class FakeRuntime:
         assert len(self.cache[source]) >= length
         self.cache[target] = self.cache[source][:length]
 
+    def shift(self, sequence: int, start: int, count: int) -> None:
+        assert self.can_cut
+        del self.cache[sequence][start : start + count]
+
     def state_size(self, sequence: int) -> int:
         return len(self.cache.get(sequence, []))
 
@@ -396,3 +400,31 @@ def test_whether_guesses_are_made_follows_from_what_rows_cost(row_s: float, draf
     for _ in range(400):
         drafter.observe(0, 1.0)
     assert drafter.free_rows == pytest.approx(1.0, abs=0.01)  # and it is tried again
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+@pytest.mark.parametrize("prompt", [[4, 5, 6, 9, 2, 5, 8], [3] * 200], ids=["short", "long"])
+def test_an_answer_beyond_the_context_forgets_its_middle(prompt: list[int], drafting: bool) -> None:
+    """Each token follows from the beginning and the newer half of the rest; nobody takes the slot for what it was."""
+    runtime = FakeRuntime()
+    batcher = Batcher(runtime, 2, itertools.count().__next__, drafter=Drafter() if drafting else None)
+    client = Client(prompt, 600)
+    batcher.admit(client.job)
+    seen, text = list(client.prompt), ""
+    for _ in range(600):
+        seen.append(next_token(seen))
+        text += f"<{seen[-1]}>"
+        if len(seen) > CONTEXT:
+            start = min(len(client.prompt), CONTEXT // 2)
+            del seen[start : start + (CONTEXT - start) // 2]
+    finish(batcher)
+    again = Client(client.prompt, 5)
+    batcher.admit(again.job)
+    finish(batcher)
+
+    assert client.text == text
+    assert again.text == alone(again.prompt, 5)
+    last = again.events[-1]
+    assert isinstance(last, Delta)
+    assert last.usage is not None
+    assert last.usage.cached_tokens == 0

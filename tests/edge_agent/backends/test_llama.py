@@ -16,7 +16,15 @@ import pytest_asyncio
 
 from edge_agent.backends.keeper import KeeperRules
 from edge_agent.backends.llama import LlamaBackend
-from shared.errors import BadRequest, CausewayError, ContextTooLong, Overloaded, Quarantined, UpstreamFailed
+from shared.errors import (
+    BadRequest,
+    CausewayError,
+    ContextTooLong,
+    DeadlineExceeded,
+    Overloaded,
+    Quarantined,
+    UpstreamFailed,
+)
 from shared.gguf import ModelInvalid
 from shared.schemas import ChatRequest, Delta, Message, Sampling
 
@@ -384,3 +392,30 @@ async def test_a_system_prompt_is_not_computed_again_not_even_after_a_restart(mo
 
 def raw(prompt: str, label: Any) -> ChatRequest:
     return ChatRequest(id="r", model="edge", prompt=prompt, label=label, sampling=Sampling(temperature=0, max_tokens=6))
+
+
+async def test_an_answer_goes_on_beyond_the_context_only_when_that_is_set(
+    narrow: LlamaBackend, model_path: Path
+) -> None:
+    """By default it ends there and says `length`; with `context_shift` it has all its tokens."""
+    request = ask("Count for ever.", max_tokens=300, ignore_eos=True)
+    cut = await answer(narrow, request)
+    async with started(model_path, slots=1, context=256, context_shift=True) as shifting:
+        whole = await answer(shifting, request)
+
+    assert cut[-1].usage is not None
+    assert whole[-1].usage is not None
+    assert cut[-1].usage.prompt_tokens + cut[-1].usage.completion_tokens == 256
+    assert whole[-1].usage.completion_tokens == 300
+    assert cut[-1].finish_reason == whole[-1].finish_reason == "length"
+
+
+async def test_a_deadline_ends_an_answer(backend: LlamaBackend) -> None:
+    """What cannot be answered by then is an error that says so, and costs nothing more."""
+    request = msgspec.structs.replace(ask("Write a long story.", max_tokens=400, ignore_eos=True), deadline_s=0.3)
+
+    with pytest.raises(DeadlineExceeded) as raised:
+        await answer(backend, request)
+
+    assert raised.value.source == "edge"
+    await until_idle(backend)
