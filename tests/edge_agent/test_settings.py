@@ -115,7 +115,7 @@ SECURE = {"tls_cert": Path("c.pem"), "tls_key": Path("k.pem"), "keys": Path("key
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "edge.example"])
 @pytest.mark.parametrize("missing", [("keys",), ("tls_cert", "tls_key"), ("tls_cert", "tls_key", "keys")])
 def test_beyond_loopback_only_with_keys_and_tls(host: str, missing: tuple[str, ...]) -> None:
-    """Both, or the daemon does not start."""
+    """S-08: both, or the daemon does not start."""
     check(settings(host=host, **SECURE))
 
     with pytest.raises(InvalidSettings) as error:

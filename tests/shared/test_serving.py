@@ -74,7 +74,7 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
     ],
 )
 def test_beyond_loopback_only_with_keys_and_tls(host: str, loopback: bool) -> None:
-    """Every other combination refuses to start, naming what is missing."""
+    """S-08: every other combination refuses to start, naming what is missing."""
     assert is_loopback(host) == loopback
     check_bind(host, tls=True, keys=True)
     for tls, keys in ((False, False), (True, False), (False, True)):

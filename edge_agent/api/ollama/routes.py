@@ -18,13 +18,14 @@ from edge_agent.api.ollama.models import LINES
 from edge_agent.api.ollama.read import RENAMED, OllamaCall, parse_chat, parse_generate
 from edge_agent.api.ollama.write import Kind, Lines, WholeObject, error_body, loaded_object
 from edge_agent.backends.base import LocalModels
-from router.features import VIRTUAL_MODELS
 from shared.embeddings import Embed
 from shared.errors import NotFound, UnknownModel
 from shared.schemas import Answer
 from shared.surface import Asked, Endpoint, Generation, Reply, Work, answering
 
 PREFIX = "/api/"
+HERE = ("auto", "edge")
+"""Names of the default model of this device."""
 REFUSED = ("/api/blobs/{digest:path}", "/api/copy", "/api/create", "/api/delete", "/api/push")
 
 AnswerFor = Callable[[Mapping[str, str]], Answer]
@@ -63,7 +64,7 @@ def _begin(
     call = parse(asked.body, request_id=asked.id, label=asked.label)
     if call.request is None and not known(call.model):
         raise UnknownModel("no such model", param="model", source="edge")
-    name = call.model if call.model not in VIRTUAL_MODELS else local.model_card().id
+    name = local.model_card().id if call.model in HERE else call.model
     if call.keep is not None:
         local.keep(name, call.keep.seconds)
     if call.request is None:

@@ -58,6 +58,8 @@ class Socket:
         try:
             while (message := await receive())["type"] != "websocket.disconnect":
                 await connection.take(message)
+        except (SlowConsumer, OSError):
+            await connection.cut()
         finally:
             await connection.close()
 
@@ -70,18 +72,22 @@ class _Connection:
         self._raw_send = send
         self._sending = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
+        self._answering = False
         self._latest: dict[str, Turn] = {}
 
     async def take(self, message: Mapping[str, Any]) -> None:
         """One message of the client. What is wrong with it is said, and the connection goes on."""
         try:
-            if self._running is not None and not self._running.done():
+            if self._answering:
                 raise RequestConflict("one response at a time on a connection", source="edge")
+            if self._running is not None:
+                await asyncio.wait({self._running})  # it is saying its last words
             tenant, answer = self._admit(self._headers)
             call, events = self._parsed(message, tenant)
         except CausewayError as error:
             await self._say_error(error.at("edge"))
         else:
+            self._answering = True
             self._running = asyncio.create_task(self._respond(answer, call, events))
 
     async def close(self) -> None:
@@ -89,6 +95,11 @@ class _Connection:
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
+
+    async def cut(self) -> None:
+        """On a client that reads nothing, or has gone in the middle of a word."""
+        with suppress(OSError):
+            await self._raw_send({"type": "websocket.close", "code": 1008})
 
     def _parsed(self, message: Mapping[str, Any], tenant: str) -> tuple[ResponsesCall, Events]:
         text = message.get("text")
@@ -105,6 +116,12 @@ class _Connection:
         return self._read(raw, request_id=request_id, label=label, tenant=tenant, latest=self._latest)
 
     async def _respond(self, answer: Answer, call: ResponsesCall, events: Events) -> None:
+        try:
+            await self._answer(answer, call, events)
+        except (SlowConsumer, OSError):
+            await self.cut()
+
+    async def _answer(self, answer: Answer, call: ResponsesCall, events: Events) -> None:
         begun = False
 
         async def take(_: int, delta: Delta) -> None:
@@ -114,16 +131,18 @@ class _Connection:
 
         try:
             await consume(answer, (call.request,), take, renamed=RENAMED)
-            await self._say(events.end())
-        except SlowConsumer:
-            await self._raw_send({"type": "websocket.close", "code": 1008})
+            last = events.end()
+            self._answering = False
+            await self._say(last)
+        except (SlowConsumer, OSError):
+            raise
         except asyncio.CancelledError:
             with suppress(Exception):
                 async with asyncio.timeout(LAST_WORDS_S):
                     await self._say_error(Overloaded("the server is stopping", source="edge", retry_after=1))
             raise
         except Exception as error:
-            known = typed(error, "edge")
+            self._answering, known = False, typed(error, "edge")
             await (self._say(events.fail(known)) if begun else self._say_error(known))
 
     async def _say(self, events: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from shared.config import InvalidSettings
 
 
 def test_admin_token_is_made_once_and_private(tmp_path: Path) -> None:
-    """The first start makes it, the next ones read it; nobody else can."""
+    """S-09: the first start makes it, the next ones read it; nobody else can."""
     folder = tmp_path / "state" / "causeway"
 
     token = admin_token(folder)

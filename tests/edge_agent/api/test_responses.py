@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from edge_apps import TOOL, edge
-from edge_sides import HERE, Local, Remote
+from edge_sides import HERE, Local, Remote, Turns
 from fakes import EchoAnswer, ScriptedAnswer
 
 from edge_agent.api.responses.read import Turn
@@ -220,6 +220,85 @@ async def test_who_leaves_is_not_computed_for(tmp_path: Path) -> None:
         await asyncio.wait_for(side.idle(), 10)
 
     assert len(side.closed) == 2
+
+
+async def test_a_socket_answers_one_at_a_time_and_outlives_mistakes(tmp_path: Path) -> None:
+    """A second request meanwhile, bytes, half a JSON text, another type, what only HTTP has: each an error event that
+    names the field, and the response that runs is not disturbed; the next one is answered."""
+    gate = asyncio.Event()
+    side = Turns((HERE[0], gate, *HERE[1:]), HERE)
+    async with edge(tmp_path, side) as it, client(it.url) as o, o.responses.connect() as connection:
+
+        async def error_of(message: str) -> tuple[int, str, str | None]:
+            await connection.send_raw(message)
+            event = json.loads(await connection.recv_bytes())
+            assert event["type"] == "error"
+            return event["status"], event["error"]["code"], event["error"]["param"]
+
+        await connection.response.create(model="edge", input="x")
+        kinds = [(await connection.recv()).type for _ in range(5)]
+        create = {"type": "response.create", "model": "edge", "input": "y"}
+        assert await error_of(json.dumps(create)) == (409, "request_conflict", None)
+        gate.set()
+        while kinds[-1] != "response.completed":
+            kinds.append((await connection.recv()).type)
+        assert await error_of("{") == (400, "bad_request", None)
+        assert await error_of("[]") == (400, "bad_request", None)
+        assert await error_of('{"type": "response.steer"}') == (400, "unsupported_parameter", "type")
+        assert await error_of(json.dumps(create | {"stream_id": "a"})) == (400, "bad_request", "stream_id")
+        assert await error_of(json.dumps(create | {"generate": False})) == (400, "unsupported_parameter", "generate")
+        await connection.send_raw(b"\x00\xff")
+        assert json.loads(await connection.recv_bytes())["error"]["code"] == "bad_request"
+        await connection.response.create(model="edge", input="z")
+        again = [(await connection.recv()).type for _ in kinds]
+
+    assert kinds == again == TEXT_EVENTS
+
+
+async def test_on_a_socket_the_latest_turn_can_be_gone_on_from_unstored(tmp_path: Path) -> None:
+    """With store false the connection knows its latest response, and nobody else does; the one before it is gone."""
+    echo = EchoAnswer()
+
+    async def finished(connection: Any) -> Any:
+        async for event in connection:
+            if event.type in ("response.completed", "error"):
+                return event
+        return None
+
+    async with (
+        edge(tmp_path, echo) as it,
+        client(it.url) as official,
+        official.responses.connect() as one,
+        official.responses.connect() as other,
+    ):
+        await one.response.create(model="edge", input="a", store=False)
+        first = (await finished(one)).response.id
+        await one.response.create(model="edge", input="b", store=False, previous_response_id=first)
+        await finished(one)
+        for connection in (one, other):
+            await connection.response.create(model="edge", input="c", previous_response_id=first)
+            assert (await finished(connection)).error.code == "previous_response_not_found"
+
+    assert [message.content for message in echo.requests[1].messages] == ["a", "a ", "b"]
+
+
+async def test_a_key_that_is_taken_back_opens_nothing_more(tmp_path: Path) -> None:
+    """Also on a connection that it opened."""
+    file = tmp_path / "keys"
+    key = new_key(file, "a", now=datetime(2026, 1, 1, tzinfo=UTC))
+    other = tmp_path / "other"
+    new_key(other, "b", now=datetime(2026, 1, 1, tzinfo=UTC))
+    async with (
+        edge(tmp_path, EchoAnswer(), keys=Keys(file, source="edge")) as it,
+        client(it.url, key) as official,
+        official.responses.connect() as connection,
+    ):
+        file.write_bytes(other.read_bytes())
+        await connection.response.create(model="edge", input="x")
+        event = await connection.recv()
+
+    assert event.type == "error"
+    assert event.status == 401
 
 
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
