@@ -11,13 +11,24 @@ import os
 from pathlib import Path
 
 from shared.models import default_store, resolve
-from tests.benchmarks import deaths, drafting, edge, edge_drafting, interference, link, prefix, rivals, semantic
+from tests.benchmarks import (
+    deaths,
+    drafting,
+    edge,
+    edge_drafting,
+    interference,
+    link,
+    predictions,
+    prefix,
+    rivals,
+    semantic,
+)
 from tests.benchmarks.ratios import show
 
 SUITES = {
     "edge": edge.measure, "link": link.measure, "engine": rivals.measure, "drafting": drafting.measure,
     "prefix": prefix.measure, "interference": interference.measure, "deaths": deaths.measure,
-    "edge-drafting": edge_drafting.measure, "semantic": semantic.measure,
+    "edge-drafting": edge_drafting.measure, "semantic": semantic.measure, "predictions": predictions.measure,
 }  # fmt: skip
 
 
