@@ -11,15 +11,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-import msgspec
-
 from edge_agent.backends.base import LinkState, RemoteBackend, is_empty
+from edge_agent.originals import Originals
 from router.features import LinkReading
 from router.health import CloudHealth, Outcome, State
 from router.policy import Policy
 from router.predict import Pace
 from router.privacy.inspect import redacted
-from router.privacy.redact import Restorer
 from shared.errors import DeadlineExceeded, PolicyDenied, Unreachable, UpstreamFailed
 from shared.schemas import ChatRequest, Delta
 
@@ -70,23 +68,22 @@ class Offload:
         """
         if request.label == "edge_only":
             raise PolicyDenied("label edge_only: stays on the device", source="edge")
-        request, restorer = self._redacted(request, policy)
+        request, originals = self._redacted(request, policy)
         self._admit(policy)
         async with aclosing(self._cloud.answer(request)) as deltas:
-            yield restored(await self._first(deltas, policy), restorer)
+            first = await self._first(deltas, policy)
+            yield first if originals is None else originals.restored(first)
             async for delta in deltas:
-                yield restored(delta, restorer)
+                yield delta if originals is None else originals.restored(delta)
 
-    def _redacted(self, request: ChatRequest, policy: Policy) -> tuple[ChatRequest, Restorer | None]:
+    def _redacted(self, request: ChatRequest, policy: Policy) -> tuple[ChatRequest, Originals | None]:
         if request.label != "redact":
             return request, None
-        if request.calling:
-            raise PolicyDenied("calls of tools are not given their originals back, so it stays here", source="edge")
         try:
             request, redaction = redacted(request, policy.privacy.detector, self._secret)
         except Exception as error:  # whatever broke, what was not looked through does not leave
             raise PolicyDenied("it could not be redacted, and so stays on the device", source="edge") from error
-        return request, redaction.restorer()
+        return request, Originals(redaction)
 
     def _admit(self, policy: Policy) -> None:
         now = self._clock()
@@ -115,14 +112,6 @@ class Offload:
             self._health = self._health.after_connect(self._clock())
         self._connected = link.connected
         return link
-
-
-def restored(delta: Delta, restorer: Restorer | None) -> Delta:
-    """With the originals back in its text. The start of a placeholder is held back for the next delta."""
-    if restorer is None:
-        return delta
-    text = restorer.push(delta.text) + (restorer.flush() if delta.finish_reason else "")
-    return msgspec.structs.replace(delta, text=text)
 
 
 async def _within(seconds: float, deltas: AsyncGenerator[Delta, None]) -> Delta:

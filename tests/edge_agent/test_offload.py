@@ -1,8 +1,10 @@
 import asyncio
+import json
 import re
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import pytest
 from edge_sides import LAST, THERE, Link, Remote, Turns, ask
 from fakes import ScriptedAnswer
@@ -21,7 +23,7 @@ from shared.errors import (
     Unrecoverable,
     UpstreamFailed,
 )
-from shared.schemas import ChatRequest, Delta
+from shared.schemas import ChatRequest, Delta, Tool, ToolPiece
 
 POLICY = parse(
     "mode: prefer_cloud\nfirst_token_timeout_s: 5\n"
@@ -72,6 +74,37 @@ async def test_redacted_on_the_way_out_and_restored_on_the_way_back() -> None:
 
     assert isinstance(answered, list)
     assert "".join(delta.text for delta in answered) == "To anna@example.org at" + LAST.text
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+async def test_arguments_of_calls_get_their_originals_back(size: int) -> None:
+    """However the arguments are cut, each call's are JSON with the originals in it, escaped; what only begins like a
+    placeholder stays, and comes before the next call."""
+    question = "Mail anna@example.org and ben@example.org"
+    tools = (Tool(name="mail", description="Not to carl@example.org"),)
+    asked = msgspec.structs.replace(ask(question, label="redact"), tools=tools)
+    door = Door(THERE)
+    await door.send(asked)
+    (sent,) = door.remote.seen
+    assert not re.search(r"anna|ben@|carl", str(sent))
+    anna, ben = re.findall(r"<EMAIL_[0-9a-f]+>", sent.messages[-1].content)
+    (carl,) = re.findall(r"<EMAIL_[0-9a-f]+>", sent.tools[0].description)
+
+    written = [f'{{"to": "{anna}", "cc": ["{ben}", "{carl}"]}}', f'{{"to": "{ben}", "sign": "<EMAIL', '{"to": "x"}']
+    deltas = []
+    for index, text in enumerate(written):
+        deltas.append(Delta(tool_calls=(ToolPiece(index=index, id=f"c{index}", name="mail"),)))
+        parts = [text[at : at + size] for at in range(0, len(text), size)]
+        deltas += [Delta(tool_calls=(ToolPiece(index=index, arguments=part),)) for part in parts]
+    door.turns.scripts = [ScriptedAnswer(*deltas, LAST)]
+    answered = await door.send(asked)
+
+    assert isinstance(answered, list)
+    pieces = [piece for delta in answered for piece in delta.tool_calls]
+    assert [piece.index for piece in pieces] == sorted(piece.index for piece in pieces)
+    joined = ["".join(piece.arguments for piece in pieces if piece.index == index) for index in range(3)]
+    assert json.loads(joined[0]) == {"to": "anna@example.org", "cc": ["ben@example.org", "carl@example.org"]}
+    assert joined[1:] == ['{"to": "ben@example.org", "sign": "<EMAIL', '{"to": "x"}']
 
 
 async def test_what_cannot_be_redacted_does_not_leave() -> None:
