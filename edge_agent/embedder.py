@@ -29,16 +29,19 @@ Result = TypeVar("Result")
 
 
 class Embedder:
-    """The model in `file`, loaded when it is first asked for, so that an idle daemon does not carry it.
+    """The model in `file`, loaded when it is asked for and unloaded `keep_s` after its last answer, so that an idle
+    daemon does not carry it.
 
     Belongs to one event loop. At most `queue` requests may be under way.
     """
 
-    def __init__(self, file: Path, *, name: str = "", threads: int = 1, queue: int = 64) -> None:
+    def __init__(self, file: Path, *, name: str = "", threads: int = 1, queue: int = 64, keep_s: float = 300.0) -> None:
         self.name = name or file.stem
         self._file = file
         self._threads = threads
         self._queue = queue
+        self._keep_s = keep_s
+        self._unloading: asyncio.TimerHandle | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedder")
         self._model: EmbeddingModel | None = None
         self._context_length = 0
@@ -46,11 +49,15 @@ class Embedder:
         self._closed = False
 
     @classmethod
-    def named(cls, name_or_path: str, store: Path) -> Self:
+    def named(cls, name_or_path: str, store: Path, *, keep_s: float = 300.0) -> Self:
         """Of this name in the store, there or not; or a file that lies elsewhere."""
         if valid_name(name_or_path) and not name_or_path.endswith(SUFFIXES["embedding"]):
-            return cls(stored_file(name_or_path, store, "embedding"), name=name_or_path)
-        return cls(Path(name_or_path))
+            return cls(stored_file(name_or_path, store, "embedding"), name=name_or_path, keep_s=keep_s)
+        return cls(Path(name_or_path), keep_s=keep_s)
+
+    @property
+    def loaded(self) -> bool:
+        return self._model is not None
 
     def model_card(self) -> ModelCard | None:
         """None while there is no such model on this device."""
@@ -77,6 +84,7 @@ class Embedder:
     async def aclose(self) -> None:
         """Whoever waits gets an error; returns once the batch under way is done."""
         self._closed = True
+        self._stay()
         await asyncio.to_thread(self._thread.shutdown, wait=True)
         self._model = None
 
@@ -84,6 +92,7 @@ class Embedder:
         if self._under_way >= self._queue:
             raise Overloaded(f"{self._queue} requests for embeddings are under way", source="edge", retry_after=1.0)
         self._under_way += 1
+        self._stay()
         try:
             model = await self._do(self._loaded)
             width = model.width if dimensions is None else dimensions
@@ -98,6 +107,16 @@ class Embedder:
             return vectors if width == model.width else shortened(vectors, width), sum(map(len, ids))
         finally:
             self._under_way -= 1
+            if not self._under_way and not self._closed:
+                self._unloading = asyncio.get_running_loop().call_later(self._keep_s, self._unload)
+
+    def _stay(self) -> None:
+        if self._unloading is not None:
+            self._unloading.cancel()
+            self._unloading = None
+
+    def _unload(self) -> None:
+        self._model = None
 
     async def _do(self, work: Callable[[], Result]) -> Result:
         """On the thread, after what others have put there before. Cancelled, it is not begun any more."""

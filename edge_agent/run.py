@@ -65,7 +65,9 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         await local.start()
         journal = Journal(state / "journal.db")
         closing.callback(journal.close)
-        embedder = Embedder.named(settings.embedding_model, default_store(os.environ, Path.home()))
+        embedder = Embedder.named(
+            settings.embedding_model, default_store(os.environ, Path.home()), keep_s=settings.keep_s
+        )
         closing.push_async_callback(embedder.aclose)
         cache = await open_cache(settings, state, embedder)
         if cache is not None:

@@ -50,6 +50,8 @@ class Neighbours(Generic[Item]):
 
     def add(self, name: bytes, vector: Vector, item: Item, *, group: bytes, owner: bytes) -> None:
         self.drop(name)
+        if self._rows and len(vector) != self._vectors.shape[1]:  # another model's: nothing here compares with it
+            self.clear()
         if len(self._rows) >= self._limit:
             fullest = max(self._owners, key=lambda one: len(self._owners[one]))
             self.drop(self._rows[next(iter(self._owners[fullest]))].name)
@@ -62,7 +64,7 @@ class Neighbours(Generic[Item]):
 
     def nearest(self, group: bytes, vector: Vector, threshold: float, count: int) -> list[tuple[bytes, Item]]:
         """At most `count` of the group, the nearest first, none below the threshold; each with its name."""
-        if group not in self._groups:
+        if group not in self._groups or len(vector) != self._vectors.shape[1]:
             return []
         slots = np.fromiter(self._groups[group], np.int64)
         cosines = self._vectors[slots] @ vector
@@ -90,6 +92,7 @@ class Neighbours(Generic[Item]):
     def clear(self) -> None:
         for name in list(self._slots):
             self.drop(name)
+        self._vectors, self._free = np.empty((0, 0), np.float32), []
 
     def _slot(self, width: int) -> int:
         if not self._free:

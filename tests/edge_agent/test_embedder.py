@@ -194,6 +194,23 @@ async def test_closed_under_load_everybody_gets_an_answer_or_an_error(
         await embedder.embed(["x"])
 
 
+async def test_an_idle_model_is_unloaded_and_comes_back(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some time after its last answer, and never while somebody waits; the next request loads it again."""
+    embedder = Embedder(tiny_file, keep_s=0.02)
+    before = await embedder.embed(["the sky"])
+    async with asyncio.timeout(60):
+        while embedder.loaded:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    held = Held(monkeypatch)
+    again = asyncio.create_task(embedder.embed(["the sky"]))
+    await asyncio.to_thread(held.began.wait, 60)
+    await asyncio.sleep(0.1)
+    assert embedder.loaded
+    held.let_go()
+    np.testing.assert_array_equal(await again, before)
+    await embedder.aclose()
+
+
 @given(st.lists(st.integers(1, BATCH_TOKENS), max_size=60))
 def test_batches_hold_every_text_once_and_no_more_than_fits(lengths: list[int]) -> None:
     """For any lengths."""

@@ -55,3 +55,13 @@ def test_whoever_has_most_makes_room_with_what_was_used_least() -> None:
     assert b"1" not in names
     assert table.evictions == 1
     assert table.size <= FIRST_ROWS * 2 * 2 * 4
+
+
+def test_vectors_of_another_model_do_not_mix() -> None:
+    """A new width: what was there compares with nothing, and makes room."""
+    table: Neighbours[int] = Neighbours(10)
+    table.add(b"old", at(0), 0, group=b"g", owner=b"o")
+    assert table.nearest(b"g", np.ones(3, np.float32), -1, 5) == []
+    table.add(b"new", np.array([1, 0, 0], np.float32), 1, group=b"g", owner=b"o")
+    assert table.nearest(b"g", np.array([1, 0, 0], np.float32), 0.5, 5) == [(b"new", 1)]
+    assert len(table) == 1
