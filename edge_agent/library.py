@@ -41,13 +41,14 @@ Open = Callable[[Path], LoadableBackend]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`slots` and `context` are of each model; `queue` is how many may wait for one to be loaded, `keep_s` how long it
-    stays without work."""
+    """`slots`, `context` and `prefix_bytes` are of each model; `queue` is how many may wait for one to be loaded,
+    `keep_s` how long it stays without work."""
 
     slots: int = 8
     context: int | None = None
     queue: int = 64
     keep_s: float | None = 300.0
+    prefix_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -254,7 +255,8 @@ class Library:
         if seen not in self._hashed:
             verify(entry.file)
             self._hashed.add(seen)
-        return need(facts, found.st_size, slots=self._rules.slots, context=entry.context_length)
+        rules = self._rules
+        return need(facts, found.st_size, slots=rules.slots, context=entry.context_length, kept=rules.prefix_bytes)
 
     async def _started(self, file: Path) -> LoadableBackend:
         backend = self._open(file)

@@ -32,9 +32,10 @@ class Need:
 NOTHING: Final = Need(0, 0)
 
 
-def need(facts: Facts, size: int, *, slots: int, context: int) -> Need:
-    """Of a model file of `size` bytes, with `slots` sequences of `context` tokens each."""
-    return Need(size, slots * context * facts.kv_bytes + OVERHEAD_BYTES)
+def need(facts: Facts, size: int, *, slots: int, context: int, kept: int = 0) -> Need:
+    """Of a model file of `size` bytes, with `slots` sequences of `context` tokens each, and `kept` bytes of computed
+    prompts that outlive their slot."""
+    return Need(size, slots * context * facts.kv_bytes + kept + OVERHEAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def _local(settings: EdgeSettings, state: Path) -> Library:
         store,
         open_backend,
         memory=machine_memory(settings.memory_mb and settings.memory_mb << 20),
-        rules=Rules(settings.slots, settings.context, settings.queue, settings.keep_s),
+        rules=Rules(settings.slots, settings.context, settings.queue, settings.keep_s, settings.prefix_memory_mb << 20),
     )
 
 

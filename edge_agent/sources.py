@@ -109,7 +109,7 @@ def wanted(what: str, *, entries: Mapping[str, Entry] | None = None) -> Wanted:
 def source_of(text: str) -> Source:
     """Raises BadRequest saying what such a source looks like, or UnknownModel for a path with nothing there."""
     if text.startswith("hf://"):
-        match = _checked(_HUB, text, "hf://org/repo/file or hf://org/repo@revision/file")
+        match = _checked(_HUB, text, "hf://org/repo/file, hf://org/repo@revision/file or hf://org/repo")
         return Hub(match["repo"], match["revision"] or "main", match["file"])
     if text.startswith("pypi://"):
         match = _checked(_PACKAGE, text, "pypi://package==version/member")
