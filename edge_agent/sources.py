@@ -9,6 +9,7 @@ PATH                                 a GGUF file on this machine
 A model of embeddings is a `model.safetensors` of any of these, with the files that belong to it beside it.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def wanted(what: str, *, entries: Mapping[str, Entry] | None = None) -> Wanted:
         )
     if "://" in what or "/" in what or what.endswith(".gguf"):
         source = source_of(what)
-        text = what if not isinstance(source, Local) else str(source.path.absolute())
+        text = _kept_text(source, what)
         kind: Kind = "embedding" if text.endswith(".safetensors") else "chat"
         return Wanted(source=source, text=text, kind=kind)
     shown = what if valid_name(what) else "this"
@@ -104,6 +105,18 @@ def wanted(what: str, *, entries: Mapping[str, Entry] | None = None) -> Wanted:
         "hf://org/repo/file, an https:// URL, pypi://package==version/member and a path work too",
         param="name",
     )
+
+
+def _kept_text(source: Source, what: str) -> str:
+    """As a manifest may keep it: of a URL's query only a hash, since it may hold a secret."""
+    match source:
+        case Local(path):
+            return str(path.absolute())
+        case Url(url):
+            plain, _, query = url.partition("?")
+            return f"{plain}?{hashlib.sha256(query.encode()).hexdigest()[:16]}" if query else plain
+        case _:
+            return what
 
 
 def source_of(text: str) -> Source:

@@ -193,11 +193,16 @@ def test_a_url_becomes_a_model_named_after_its_file(store: Path) -> None:
 
 
 def test_a_model_can_be_called_otherwise(store: Path) -> None:
-    """With --name; then the source's own file may be called anything."""
+    """With --name; then the source's own file may be called anything. What may be a secret in its URL is not kept."""
     with serving(Origin(MODEL)) as url:
-        pull(f"{url}/download?id=7", store, name="mine:1b")
+        pull(f"{url}/download?id=7&signature=secret", store, name="mine:1b")
+        pull(f"{url}/download?id=7&signature=secret", store, name="mine:1b")
+        with pytest.raises(BadRequest, match="--again"):
+            pull(f"{url}/download?id=8&signature=secret", store, name="mine:1b")
 
-    assert [model.manifest.name for model in installed(store)] == ["mine:1b"]
+    (found,) = installed(store)
+    assert found.manifest.name == "mine:1b"
+    assert "secret" not in found.manifest.source
 
 
 def test_another_source_does_not_take_a_name_over(store: Path) -> None:
