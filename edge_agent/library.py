@@ -218,7 +218,7 @@ class Library:
     def _begin(self, entry: Entry) -> _Resident:
         if self._closed:
             raise Overloaded("the edge agent is stopping", source="edge", retry_after=1)
-        keep_s = None if entry == self._shelf.default else self._rules.keep_s
+        keep_s = None if entry.name == self._shelf.default.name else self._rules.keep_s
         resident = _Resident(entry, self._kept.pop(entry.name, keep_s), self._clock())
         self._residents[entry.name] = resident
         resident.ready = asyncio.create_task(self._load(resident))
@@ -245,7 +245,7 @@ class Library:
 
     def _checked(self, resident: _Resident) -> Need:
         """Looked over, and hashed the first time, before native code sees it; locked, so that `rm` knows. Blocks."""
-        entry = resident.entry
+        entry = resident.entry = self._shelf.entry(resident.entry.name)  # as it is now: a pull may have come between
         try:
             resident.files.enter_context(held(entry.file, shared=True))
         except OSError:
@@ -355,8 +355,8 @@ class View:
         return self._resident.backend if self._resident else None
 
     def model_card(self) -> ModelCard:
-        if self._backend:
-            return msgspec.structs.replace(self._backend.model_card(), digest=self._entry.digest)
+        if self._resident and self._backend:
+            return msgspec.structs.replace(self._backend.model_card(), digest=self._resident.entry.digest)
         return ModelCard(id=self._entry.name, context_length=self._entry.context_length, digest=self._entry.digest)
 
     def reading(self) -> LocalReading:

@@ -26,7 +26,17 @@ class Shelf:
     def __init__(self, default: Path, store: Path, context: int | None) -> None:
         self.store = store
         self._context = context or DEFAULT_CONTEXT
-        self.default = self._of_file(model_name(default), default)
+        self._path, self._name = default, model_name(default)
+        self._seen = _mark(default)
+        self._default = self._of_file(self._name, default)
+
+    @property
+    def default(self) -> Entry:
+        """Looked at again when its file, or its manifest, is another one than before."""
+        mark = _mark(self._path)
+        if mark and mark != self._seen:
+            self._seen, self._default = mark, self._of_file(self._name, self._path)
+        return self._default
 
     def find(self, name: str) -> Entry:
         """The model of this name; the default where there is none, for then the name means no model of this device."""
@@ -61,3 +71,12 @@ class Shelf:
         except CausewayError:
             trained = 0  # whoever loads it says what is wrong
         return Entry(name, file, min(self._context, trained or self._context), digest_of(file))
+
+
+def _mark(file: Path) -> tuple[int, ...]:
+    """Changes with the file and with its manifest; empty while there is no file."""
+    try:
+        stats = [file.stat(), *(path.stat() for path in (file.with_suffix(".json"),) if path.exists())]
+    except OSError:
+        return ()
+    return tuple(number for found in stats for number in (found.st_ino, found.st_size, found.st_mtime_ns))

@@ -322,6 +322,25 @@ async def test_a_loaded_model_cannot_be_removed(shelf: Shelf) -> None:
     await library.aclose()
 
 
+@pytest.mark.parametrize("name", ["default", "a"])
+async def test_a_model_is_known_by_the_bytes_that_answer(shelf: Shelf, name: str, tmp_path: Path) -> None:
+    """Pulled anew while it is loaded, it bears the old file's digest until it is loaded again: caches go by that."""
+    library = shelf.library()
+    await ask(library, name)
+    before = library.named(name).model_card().digest
+    path = tmp_path / f"{name}.gguf"
+    path.write_bytes(model_bytes(500))
+    fresh = pull(str(path), store=shelf.store, told=lambda step: None, again=True).manifest.sha256
+    loaded = library.named(name).model_card().digest
+    await library.stop(name)
+    absent = library.named(name).model_card().digest
+    await ask(library, name)
+
+    assert before not in ("", fresh)
+    assert (loaded, absent, library.named(name).model_card().digest) == (before, fresh, fresh)
+    await library.aclose()
+
+
 async def test_a_file_that_changed_on_disk_is_not_loaded(shelf: Shelf) -> None:
     """S-10: its manifest vouches for other bytes; native code never sees it."""
     library = shelf.library()
