@@ -23,6 +23,24 @@ namespace {
 constexpr int PANEL = 2 * LANES;
 constexpr int GROUP = 64;
 constexpr int AHEAD = 4096;  // bytes of a panel that are fetched before they are needed, where memory is what takes time
+constexpr int STEP = 128;    // bytes of a panel that one step along the inputs takes, except in int8
+constexpr int BRIEF = 12;    // tiles with a panel, up to which reading the next one takes a good part of their time
+
+// The part of the next panel that a tile asks for while it computes: `stride` bytes a step, into the second cache.
+struct Next {
+    const char* from;
+    int stride;
+
+    // For the `index`th of `count` tiles with the panel before `panel`. One tile alone reads ahead by itself.
+    Next(const void* panel, int steps, int index, int count) : from((const char*)panel), stride(0) {
+        if (count == 1 || count > BRIEF) return;
+        stride = (STEP + count - 1) / count;
+        from += int64_t(index) * steps * stride;
+    }
+    void ask(int i) const {
+        if (stride) _mm_prefetch(from + int64_t(i) * stride, _MM_HINT_T1);
+    }
+};
 
 // Half a panel's sums of one row into the output; `some` of the lanes exist.
 template <class T>
@@ -65,15 +83,16 @@ struct Pairs {
 
 // R rows of x with one panel; U sums for each output hide the instruction's latency where rows are few.
 template <int R, int U, class Step, class T = typename Step::Value>
-void tile(const T* x, int64_t x_stride, int inputs, const T* panel, const float* bias, T* out, int64_t out_stride,
-          int outputs) {
+void tile(const T* x, int64_t x_stride, int inputs, const T* panel, const Next& next, const float* bias, T* out,
+          int64_t out_stride, int outputs) {
     __m512 total[U][R][2];
     for (int u = 0; u < U; u++)
         for (int r = 0; r < R; r++) total[u][r][0] = total[u][r][1] = _mm512_setzero_ps();
     const int steps = inputs / Step::WIDTH;
     auto step = [&](int i, int u) {
-        const char* at = (const char*)panel + int64_t(i) * 128;
+        const char* at = (const char*)panel + int64_t(i) * STEP;
         if (R <= 4) _mm_prefetch(at + AHEAD, _MM_HINT_T0), _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);
+        else next.ask(i);
         for (int r = 0; r < R; r++) {
             const __m512 all = Step::all(x + r * x_stride + Step::WIDTH * i);
             total[u][r][0] = Step::add(total[u][r][0], at, all);
@@ -156,7 +175,7 @@ void tile(const uint8_t* x, const float* x_scales, int inputs, const int8_t* pan
 
 #endif
 
-// Call `work(first row, std::integral_constant<rows>)` for tiles of at most MOST rows, as equal as can be.
+// Call `work(first row, std::integral_constant<rows>, index, count)` for tiles of at most MOST rows, as equal as can be.
 template <int MOST, class Work, int R = MOST>
 void with_rows(int rows, Work&& work) {
     if constexpr (R > 0) {
@@ -170,7 +189,7 @@ void tiles(int rows, Work&& work) {
     const int count = (rows + MOST - 1) / MOST;
     for (int i = 0, first = 0; i < count; i++) {
         const int some = (rows - first) / (count - i);
-        with_rows<MOST>(some, [&](auto size) { work(first, size); });
+        with_rows<MOST>(some, [&](auto size) { work(first, size, i, count); });
         first += some;
     }
 }
@@ -181,10 +200,12 @@ void multiply(const T* x, int64_t x_stride, int rows, int inputs, const T* weigh
     const int panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int p = 0; p < panels; p++)
-        tiles<12>(rows, [&](int first, auto size) {
+        tiles<12>(rows, [&](int first, auto size, int index, int count) {
             constexpr int R = decltype(size)::value;
+            const T* panel = weight + int64_t(p) * PANEL * inputs;
             tile<R, (R == 1 ? 4 : R <= 3 ? 2 : 1), Step>(
-                x + first * x_stride, x_stride, inputs, weight + int64_t(p) * PANEL * inputs,
+                x + first * x_stride, x_stride, inputs, panel,
+                Next(panel + int64_t(PANEL) * inputs, inputs / Step::WIDTH, index, count),
                 bias ? bias + p * PANEL : nullptr, out + int64_t(first) * outputs + p * PANEL, outputs,
                 outputs - p * PANEL);
         });
@@ -203,7 +224,7 @@ void multiply(const T* x, int64_t x_stride, int rows, int inputs, const int8_t* 
             round_row(x + r * x_stride, inputs, values + int64_t(r) * inputs, x_scales + int64_t(r) * groups);
 #pragma omp for schedule(static)
         for (int p = 0; p < panels; p++)
-            tiles<6>(rows, [&](int first, auto size) {
+            tiles<6>(rows, [&](int first, auto size, int, int) {
                 tile<decltype(size)::value>(values + int64_t(first) * inputs, x_scales + int64_t(first) * groups, inputs,
                                             weight + int64_t(p) * PANEL * inputs,
                                             scales + int64_t(p) * groups * PANEL, offsets + int64_t(p) * groups * PANEL,

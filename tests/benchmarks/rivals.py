@@ -31,6 +31,8 @@ NO_SPECIAL = 100
 VOCABULARY = 40_000
 ROWS = ("1:128/128", "8:128/128", "32:128/128", "64:128/128")
 CLOSE_S = 30.0
+GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
+"""A program that ends a group of processes once whoever holds its input is gone: those who are stopped cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
+        guard = [sys.executable, "-c", GUARD, str(self.process.pid)]
+        self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
 
     def warm_up(self, tokens: range) -> None:
         """Wait until it is loaded; its first batches set up kernels and threads."""
@@ -109,6 +113,8 @@ class Worker:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(CLOSE_S)
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.guard.kill()
+        self.guard.wait()
         self.process.wait()
 
     def _reply(self) -> dict[str, float]:
@@ -210,6 +216,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # workers are closed on the way out
     these = engines(args.rows, args.ours or ["dtype=float32"], args.vllm, args.vllm_dtype, args.slots)
     these = [one for one in these if one.worker != "transformers" or not args.no_transformers]
     show(samples(compare(args.model, args.rows, these, args.rounds, args.csv)))
