@@ -96,7 +96,7 @@ class Hearing:
     def gain(self, inputs: Floats, gate: Floats) -> float:
         standard = np.clip((inputs - self.mean) / self.spread, -6, 6)
         linear = float((standard @ self.linear[:-1] + self.linear[-1]) @ gate)
-        return (linear + walk(self.feature[0], self.limit[0], self.leaf[0], inputs)) / 2
+        return (linear + float(walk(self.feature[0], self.limit[0], self.leaf[0], inputs))) / 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,22 +102,31 @@ class Heads:
         excess = max(float(offset @ offset) / len(offset) / float(self.reach[expert]) - 1, 0.0)
         return math.exp(-((excess / _FADE) ** 2))
 
-    def expert_gain(self, inputs: Floats, dense: Floats, where: Array, weight: Floats, expert: int) -> float:
-        """The expert's blend of its three predictions of the gain."""
-        strong, weak = self.strong[:, expert], self.weak[:, expert]
-        linear = logistic(inputs @ strong[:-1] + strong[-1]) - logistic(inputs @ weak[:-1] + weak[-1])
-        trees = walk(self.feature[expert], self.limit[expert], self.leaf[expert], dense)
-        grams = weight @ self.gram[where, expert] + self.base[expert]
-        return float(self.blend[expert] @ (linear, trees, grams))
+    def expert_gains(self, inputs: Floats, dense: Floats, where: Array, weight: Floats) -> Floats:
+        """Each expert's blend of its three predictions of the gain."""
+        linear = _logistic(inputs @ self.strong[:-1] + self.strong[-1]) - _logistic(
+            inputs @ self.weak[:-1] + self.weak[-1]
+        )
+        grams = weight @ self.gram[where] + self.base
+        trees = walk(self.feature, self.limit, self.leaf, dense)
+        return np.asarray(np.einsum("ei,ie->e", self.blend, (linear, trees, grams)))
 
 
-def walk(feature: Array, limit: Array, leaf: Array, inputs: Floats) -> float:
-    """Sum of the leaves that `inputs` reaches: feature and limit (T, 7), leaf (T, 8), trees in heap order."""
-    rows = np.arange(len(feature))
-    node = np.zeros(len(rows), np.int64)
+def walk(feature: Array, limit: Array, leaf: Array, inputs: Floats) -> Floats:
+    """Sums of the leaves that `inputs` reaches: feature and limit (..., T, 7), leaf (..., T, 8), trees in heap order;
+    the sums have the shape (...)."""
+    feature, limit, shape = feature.reshape(-1), limit.reshape(-1), leaf.shape
+    first = 7 * np.arange(leaf.size // 8)
+    node = np.zeros(len(first), np.int64)
     for _ in range(_STEPS):
-        node = 2 * node + 1 + (inputs[feature[rows, node]] > limit[rows, node])
-    return float(leaf[rows, node - 7].sum())
+        at = first + node
+        node = 2 * node + 1 + (inputs[feature[at]] > limit[at])
+    leaves = leaf.reshape(-1)[8 * np.arange(len(first)) + node - 7]
+    return np.asarray(leaves.reshape(shape[:-1]).sum(-1, dtype=np.float64))
+
+
+def _logistic(logits: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-np.clip(logits, -30.0, 30.0))))
 
 
 def logistic(logit: float) -> float:
@@ -194,11 +203,10 @@ class Difficulty:
         heads = self.heads
         inputs = heads.standard(dense)
         share = np.zeros(len(self.names))
-        gain = 0.0
         for expert, gate in enumerate(heads.gate_of(inputs)):
             if gate > _HEARD:
                 share[expert] = gate * heads.familiarity(inputs, expert)
-                gain += share[expert] * heads.expert_gain(inputs, dense, where, weight, expert)
+        gain = float(share @ heads.expert_gains(inputs, dense, where, weight))
         known = float(share.sum())
         vector = dense[-1 - len(self.encoder.scale) : -1]
         gain += (1 - known) * float(np.tanh(vector @ heads.prior[:-1]) * 0.25 + heads.prior[-1])

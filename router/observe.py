@@ -1,5 +1,6 @@
 """All that is measured of one request under one policy. What the policy does not ask about is not computed."""
 
+import functools
 import hashlib
 from typing import Final
 
@@ -46,7 +47,11 @@ def _difficulty(request: ChatRequest, goal: Goal | None) -> tuple[float | None, 
         return None, None
     said = next((message.content for message in reversed(request.messages) if message.role == "user"), "")
     score = model.score([request.prompt or said])[0]
-    if goal is None:
-        return score, None
-    outlook = model.at_share(goal.cloud_share) if goal.cloud_share else model.at_recovery(goal.quality or 1.0)
-    return score, outlook.threshold
+    return score, None if goal is None else _threshold(goal)
+
+
+@functools.lru_cache(64)
+def _threshold(goal: Goal) -> float:
+    """The difficulty that achieves it, by the shipped weights."""
+    model = shipped_difficulty()
+    return (model.at_share(goal.cloud_share) if goal.cloud_share else model.at_recovery(goal.quality or 1.0)).threshold

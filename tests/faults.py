@@ -28,6 +28,8 @@ class Proxy:
         self.happened: Counter[str] = Counter()
         self.up = bytearray()
         """Everything that a client sent."""
+        self.connections: list[bytearray] = []
+        """The same, one by one."""
         self.down_bytes = 0
         self._pairs: dict[asyncio.StreamWriter, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -63,18 +65,22 @@ class Proxy:
             self._close(writer)
             return
         self._pairs[writer] = to_server
+        self.connections.append(sent := bytearray())
         try:
-            await asyncio.gather(self._pass(reader, to_server, up=True), self._pass(from_server, writer, up=False))
+            await asyncio.gather(self._pass(reader, to_server, sent), self._pass(from_server, writer, None))
         finally:
             self._pairs.pop(writer, None)
             self._close(writer)
             self._close(to_server)
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool) -> None:
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sent: bytearray | None) -> None:
+        """`sent` keeps what a client sends; None on the way down."""
+        up = sent is not None
         try:
             while chunk := await reader.read(self.slice_to):
-                if up:
+                if sent is not None:
                     self.up += chunk
+                    sent += chunk
                 if self.black_hole:
                     self.happened["swallowed"] += 1
                     continue
@@ -101,6 +107,21 @@ class Proxy:
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
         writer.close()
+
+
+def payloads(sent: bytes | bytearray) -> bytes:
+    """What a client said over one WebSocket: its handshake and its frames' payloads, unmasked (RFC 6455, section 5.2),
+    the last one as far as it came."""
+    handshake, _, data = bytes(sent).partition(b"\r\n\r\n")
+    said, at = [handshake], 0
+    while at + 6 <= len(data):
+        size, at = data[at + 1] & 0x7F, at + 2
+        if size >= 126:
+            width = 2 if size == 126 else 8
+            size, at = int.from_bytes(data[at : at + width]), at + width
+        mask, payload, at = data[at : at + 4], data[at + 4 : at + 4 + size], at + 4 + size
+        said.append(bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload)))
+    return b"".join(said)
 
 
 @asynccontextmanager

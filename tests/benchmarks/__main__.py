@@ -13,6 +13,7 @@ from pathlib import Path
 from shared.models import default_store, resolve
 from tests.benchmarks import (
     deaths,
+    decision,
     drafting,
     edge,
     edge_drafting,
@@ -29,6 +30,7 @@ SUITES = {
     "edge": edge.measure, "link": link.measure, "engine": rivals.measure, "drafting": drafting.measure,
     "prefix": prefix.measure, "interference": interference.measure, "deaths": deaths.measure,
     "edge-drafting": edge_drafting.measure, "semantic": semantic.measure, "predictions": predictions.measure,
+    "decision": decision.measure,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import httpx
 import local
 import pytest
 from clients import metric, until
-from faults import Proxy, faulty
+from faults import Proxy, faulty, payloads
 
 pytestmark = [pytest.mark.system, pytest.mark.model]
 
@@ -20,18 +20,8 @@ TOKENS = 60
 
 
 def sent(proxy: Proxy) -> bytes:
-    """What the edge said over the WebSocket: the payloads of its frames, unmasked (RFC 6455, section 5.2)."""
-    data = bytes(proxy.up)
-    at = data.index(b"\r\n\r\n") + 4
-    payloads = []
-    while at + 6 <= len(data):
-        size, at = data[at + 1] & 0x7F, at + 2
-        if size >= 126:
-            width = 2 if size == 126 else 8
-            size, at = int.from_bytes(data[at : at + width]), at + width
-        mask, payload, at = data[at : at + 4], data[at + 4 : at + 4 + size], at + 4 + size
-        payloads.append(bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload)))
-    return b"".join(payloads)
+    """What the edge said over the WebSocket."""
+    return b"".join(payloads(data) for data in proxy.connections)
 
 
 @asynccontextmanager
