@@ -23,6 +23,8 @@ from shared.schemas import Delta
 
 STEP_S = 0.25
 MIN_CHUNK = 32
+MIN_BESIDE = 8
+"""The same, beside requests that decode."""
 
 
 class Runtime(Protocol):
@@ -115,6 +117,8 @@ class Batcher:
         self._slots = [Slot(index, runtime.context_length) for index in range(slots)]
         self._clock = clock
         self._releases = 0
+        self._decode_s: dict[int, float] = {}
+        """What a step takes in which so many requests decode and nothing else happens."""
 
     @property
     def running(self) -> int:
@@ -224,7 +228,7 @@ class Batcher:
         busy = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.missing)
         took: list[tuple[Slot, int]] = []
         decodes = 0
-        budget = self._chunk()
+        budget = self._chunk(sum(slot.missing == 1 for slot in busy))
         for index, slot in enumerate(busy):
             if slot.missing == 1:
                 slot.draft = self._guesses(slot) if len(busy) == 1 else []
@@ -261,9 +265,16 @@ class Batcher:
         runtime.wanted[at:end] = 0
         runtime.wanted[end - 1 - guesses : end] = taken - guesses == slot.missing
 
-    def _chunk(self) -> int:
+    def _chunk(self, decodes: int) -> int:
+        """Tokens of prompts in the next step: as many as take STEP_S, or, beside requests that decode, as many as take
+        no longer than their tokens: a long prompt makes them about twice as slow, however fast the machine is."""
         room = len(self._runtime.tokens) - len(self._slots)
-        return min(room, max(MIN_CHUNK, int((self.prefill_tokens_per_s or 0) * STEP_S)))
+        rate = self.prefill_tokens_per_s or 0
+        if not decodes:
+            return min(room, max(MIN_CHUNK, int(rate * STEP_S)))
+        known = max((count for count in self._decode_s if count <= decodes), default=None)
+        seconds = STEP_S if known is None else min(STEP_S, self._decode_s[known])
+        return min(room, max(MIN_BESIDE, int(rate * seconds)))
 
     def _sample(self, slot: Slot, rows: list[NDArray[np.float32]], events: list[Event]) -> int:
         """A token of the first row, and one of each further row as long as the guess before it was right. What is
@@ -334,5 +345,7 @@ class Batcher:
             return
         if decodes == count:
             self.tokens_per_s = smooth(self.tokens_per_s, sampled / took)
+            if sampled == count:
+                self._decode_s[count] = smooth(self._decode_s.get(count), took)
         elif decodes * 2 <= count:
             self.prefill_tokens_per_s = smooth(self.prefill_tokens_per_s, count / took)

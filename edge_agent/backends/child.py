@@ -38,6 +38,7 @@ class Child(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._why: str | None = None
+        self._reaped = asyncio.get_running_loop().create_future()
         self._reaping: asyncio.Task[None] | None = None
 
     @classmethod
@@ -76,7 +77,7 @@ class Child(asyncio.Protocol):
             self._process.kill()
 
     async def gone(self, limit: float) -> None:
-        """Wait for its death, and hasten it after `limit` seconds."""
+        """Wait for its death and for `died`; hasten it after `limit` seconds."""
         process = self._process
         if process is not None:
             try:
@@ -84,8 +85,8 @@ class Child(asyncio.Protocol):
             except subprocess.TimeoutExpired:
                 self.kill("would not end")
                 await asyncio.to_thread(process.wait, REAP_S)
-        if self._reaping is not None:
-            await self._reaping
+        # Its pipe has ended, but the loop may not have heard of it yet.
+        await self._reaped
 
     # --- asyncio.Protocol ---
 
@@ -104,6 +105,7 @@ class Child(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  asyncio's signature
         self._transport = None
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
+        self._reaping.add_done_callback(lambda _: self._reaped.set_result(None))
 
     async def _reap(self) -> None:
         process, why = self._process, self._why

@@ -10,7 +10,7 @@ import structlog
 
 from edge_agent.backends.child import Child
 from edge_agent.backends.pipe import Broken, Frame, FromModel, Load, Log, Ping, Pong, Ready, Stop
-from shared.errors import CausewayError, UpstreamFailed
+from shared.errors import CausewayError, Internal, UpstreamFailed
 
 log = structlog.get_logger("causeway.llama")
 
@@ -88,11 +88,20 @@ class Keeper:
         self._failures = 0
 
     async def _keep(self, first: "asyncio.Future[Ready]") -> None:
-        delay: float | None = await self._one_life(first)
-        while delay is not None:
+        while (delay := await self._one_life_or_fault(first)) is not None:
             await asyncio.sleep(delay)
             self.restarts += 1
-            delay = await self._one_life(first)
+
+    async def _one_life_or_fault(self, first: "asyncio.Future[Ready]") -> float | None:
+        """A fault of ours is a death like any other: no request may be left hanging by it."""
+        try:
+            return await self._one_life(first)
+        except Exception as error:
+            log.error("the model's process was given up", exception=type(error).__name__)
+            if first.done():
+                return self._fallen(f"was given up after {type(error).__name__}")
+            first.set_exception(Internal("the model's process could not be kept", source="edge"))
+            return None
 
     async def _one_life(self, first: "asyncio.Future[Ready]") -> float | None:
         """From birth to death. Returns in how many seconds the next may begin; None if the first never served."""

@@ -16,6 +16,7 @@ from tests.benchmarks import (
     decision,
     drafting,
     edge,
+    edge_bars,
     edge_drafting,
     interference,
     link,
@@ -31,6 +32,7 @@ SUITES = {
     "prefix": prefix.measure, "interference": interference.measure, "deaths": deaths.measure,
     "edge-drafting": edge_drafting.measure, "semantic": semantic.measure, "predictions": predictions.measure,
     "decision": decision.measure,
+    "edge_bars": edge_bars.measure,
 }  # fmt: skip
 
 

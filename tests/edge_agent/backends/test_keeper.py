@@ -1,7 +1,7 @@
 """One model process is kept alive, whatever becomes of it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -32,9 +32,13 @@ class Life:
         self.downs.append((why, delay))
 
     async def until_up(self, times: int) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while len(self.ups) < times:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: len(self.ups) >= times)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -127,6 +131,20 @@ async def test_a_machine_without_room_for_a_process_is_a_typed_error(
     async with kept(tmp_path, Life()) as keeper:
         with pytest.raises(UpstreamFailed, match="cannot be started"):
             await keeper.start()
+
+
+@pytest.mark.model
+async def test_a_fault_of_ours_is_a_death_like_any_other(model_path: Path) -> None:
+    """Said and followed by the next process."""
+    life = Life()
+    async with kept(model_path, life) as keeper:
+        await keeper.start()
+        keeper._busy = lambda: 1 // 0 == 0
+        await until(lambda: len(life.downs) == 1)
+        keeper._busy = lambda: False
+        await life.until_up(2)
+
+    assert life.downs == [("was given up after ZeroDivisionError", 0.01)]
 
 
 async def test_frames_to_no_process_go_nowhere(tmp_path: Path) -> None:

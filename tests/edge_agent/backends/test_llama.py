@@ -14,6 +14,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from edge_agent.backends import llama
 from edge_agent.backends.keeper import KeeperRules
 from edge_agent.backends.llama import LlamaBackend
 from shared.errors import (
@@ -274,8 +275,11 @@ async def test_the_card_and_the_reading(backend: LlamaBackend, model_path: Path)
     assert reading.prefill_tokens_per_s is not None
 
 
-async def test_who_runs_when_the_process_dies_gets_an_error_and_who_waits_an_answer(narrow: LlamaBackend) -> None:
+async def test_who_runs_when_the_process_dies_gets_an_error_and_who_waits_an_answer(
+    narrow: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At once, typed, to be tried again; the waiting one is answered by the next process."""
+    monkeypatch.setattr(llama, "PATIENCE_S", WAIT_S)  # however slowly this machine starts one
     async with aclosing(narrow.answer(ask("Count.", max_tokens=200, ignore_eos=True))) as running:
         await anext(running)
         waiting = asyncio.create_task(answer(narrow, ask("Say hello.", max_tokens=3)))
@@ -297,8 +301,11 @@ async def test_who_runs_when_the_process_dies_gets_an_error_and_who_waits_an_ans
     assert (narrow.reading().available, narrow.reading().restarts) == (True, 1)
 
 
-async def test_a_request_that_was_there_at_two_deaths_is_refused(narrow: LlamaBackend) -> None:
+async def test_a_request_that_was_there_at_two_deaths_is_refused(
+    narrow: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under whatever id it comes back; who merely waited, or asks something else, is served."""
+    monkeypatch.setattr(llama, "PATIENCE_S", WAIT_S)
     poison = ask("Count.", max_tokens=200, ignore_eos=True)
     for number in range(2):
         async with aclosing(narrow.answer(msgspec.structs.replace(poison, id=f"try{number}"))) as running:
