@@ -154,6 +154,7 @@ class AnswerFile:
 
     def _opened(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path.touch(0o600)  # before SQLite does, for its log takes the same mode
         database = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)
         try:
             if database.execute("PRAGMA user_version").fetchone()[0] not in (0, VERSION):
