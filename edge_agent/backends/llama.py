@@ -29,6 +29,8 @@ PATIENCE_S = 1.5
 MAX_MAILBOX = 8192
 """Pieces of one answer that nobody has taken yet."""
 MAX_COUNTS = 256
+MAX_COUNTED = 1024
+"""Lengths of prompts that are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class LlamaBackend:
         self._context_length = context or DEFAULT_CONTEXT
         self._rates: tuple[float | None, float | None] = (None, None)
         self._asked: dict[int, _Asked] = {}
+        self._counted: dict[bytes, int] = {}
         self._numbers = 0
         self._up = self._closed = False
         self._back_at = 0.0
@@ -160,12 +163,20 @@ class LlamaBackend:
 
     async def count_tokens(self, request: ChatRequest) -> int:
         """Tokens of the whole templated prompt. A text that cannot fit whatever its tokens are is ContextTooLong."""
+        mark = _marked(request)
+        if mark in self._counted:  # asked again: an answer from the cache shall not wait for a process
+            self._suspects.check(mark)
+            return self._counted[mark]
         asked = self._ask(Count, request)
         try:
             tokens = await asked.take()
-            return tokens if isinstance(tokens, int) else 0
         finally:
             self._leave(asked)
+        count = tokens if isinstance(tokens, int) else 0
+        self._counted[mark] = count
+        if len(self._counted) > MAX_COUNTED:
+            del self._counted[next(iter(self._counted))]
+        return count
 
     def reading(self) -> LlamaReading:
         answers = [asked.held for asked in self._asked.values() if isinstance(asked.frame, Ask)]
@@ -192,10 +203,7 @@ class LlamaBackend:
         if not self._up:
             raise self._not_ready()
         self._check_room(kind)
-        try:
-            mark = fingerprint(request)
-        except UnicodeEncodeError:
-            raise BadRequest("a text of the request holds half a character", source="edge") from None
+        mark = _marked(request)
         self._suspects.check(mark)
         self._numbers += 1
         asked = _Asked(kind(self._numbers, request), mark)
@@ -293,3 +301,10 @@ class LlamaBackend:
             if error is not None:
                 # One instance raised twice would drag one request's traceback into another's.
                 self._end(number, type(error)(error.message, source="edge", retry_after=error.retry_after))
+
+
+def _marked(request: ChatRequest) -> bytes:
+    try:
+        return fingerprint(request)
+    except UnicodeEncodeError:
+        raise BadRequest("a text of the request holds half a character", source="edge") from None

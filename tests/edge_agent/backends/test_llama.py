@@ -426,3 +426,15 @@ async def test_a_deadline_ends_an_answer(backend: LlamaBackend) -> None:
 
     assert raised.value.source == "edge"
     await until_idle(backend)
+
+
+async def test_the_length_of_the_same_prompt_is_counted_once(
+    narrow: LlamaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another id too: the second time no process is asked."""
+    first = await narrow.count_tokens(ask("counted once"))
+    monkeypatch.setattr(narrow, "_ask", None)
+
+    assert await narrow.count_tokens(msgspec.structs.replace(ask("counted once"), id="another")) == first
+    with pytest.raises(TypeError):
+        await narrow.count_tokens(ask("another"))
