@@ -1,9 +1,9 @@
 """Continuous batching: every step decodes one token of each running request and a bounded piece of the waiting prompts.
 A request that runs alone may get several tokens of a step, where guesses of them turn out right (see `drafting`).
 
-Runs on one thread and owns the native context. Prompts share a step's budget evenly, so that a long one neither stalls
-the requests that are decoding nor a short prompt behind it; the budget follows the measured speed, so that a step, and
-with it the reaction to a cancelled request, takes about STEP_S on any machine.
+Runs on one thread and owns the native context. Prompts are read within a budget, the shortest first, so that a long one
+neither stalls the requests that are decoding nor a short prompt behind it; the budget follows the measured speed, so
+that a step, and with it the reaction to a cancelled request, takes about STEP_S on any machine.
 """
 
 import time
@@ -81,6 +81,8 @@ class Slot:
         self.draft: list[int] = []
         """Guesses of the tokens after `end`, computed in this step as if they were known."""
         self.released = 0
+        self.waited = 0
+        """Tokens of others' prompts that were read while this request's own waited."""
 
     @property
     def missing(self) -> int:
@@ -150,7 +152,7 @@ class Batcher:
         self._runtime.keep(slot.index, shared)
         slot.length, slot.end = shared, len(job.prompt)
         slot.tokens[: slot.end] = job.prompt
-        slot.job, slot.drafts = job, None
+        slot.job, slot.drafts, slot.waited = job, None, 0
         slot.public = min(public, shared) if job.private else len(slot.tokens)
         job.text.cached_tokens = shared
 
@@ -225,26 +227,33 @@ class Batcher:
 
         Returns who has how many rows, all rows, and the decoding ones.
         """
-        busy = sorted((slot for slot in self._slots if slot.job is not None), key=lambda slot: slot.missing)
+        busy = [slot for slot in self._slots if slot.job is not None]
         took: list[tuple[Slot, int]] = []
         decodes = 0
-        budget = self._chunk(sum(slot.missing == 1 for slot in busy))
-        for index, slot in enumerate(busy):
+        for slot in busy:
             if slot.missing == 1:
                 slot.draft = self._guesses(slot) if len(busy) == 1 else []
-                taken = 1 + len(slot.draft)
-                decodes += taken
-            else:
-                taken = min(slot.missing, max(1, budget // (len(busy) - index)), budget)
-                budget -= taken
-            if taken:
-                took.append((slot, taken))
+                decodes += 1 + len(slot.draft)
+                took.append((slot, 1 + len(slot.draft)))
+        took += self._read([slot for slot in busy if slot.missing > 1], self._chunk(len(took)))
         took.sort(key=lambda pair: pair[0].index)
         count = 0
         for slot, taken in took:
             self._fill(slot, count, taken)
             count += taken
         return took, count, decodes
+
+    def _read(self, prompts: list[Slot], budget: int) -> list[tuple[Slot, int]]:
+        """Who reads how many tokens of its prompt: the shortest first, one that had to wait counting as shorter by what
+        was read of others, so that none waits for more than its own length."""
+        took: list[tuple[Slot, int]] = []
+        left = budget
+        for slot in sorted(prompts, key=lambda slot: slot.missing - slot.waited):
+            if taken := min(slot.missing, left):
+                took.append((slot, taken))
+                left -= taken
+            slot.waited += budget - left - taken
+        return took
 
     def _guesses(self, slot: Slot) -> list[int]:
         """Of the only request that runs, what is worth being computed along with its next token."""

@@ -5,6 +5,7 @@ It never changes who answers: it is asked with the side and the model that were 
 have said before, to the same tenant, under the same label.
 """
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -29,7 +30,7 @@ BYPASS: Final = Cached(use="bypass")
 
 
 class AnswerCache:
-    """`secret`: see `key_of`. `clock` counts in seconds since 1970."""
+    """`secret`: see `key_of`; `runtime`: see `Scope`. `clock` counts in seconds since 1970."""
 
     def __init__(
         self,
@@ -37,11 +38,13 @@ class AnswerCache:
         *,
         flights: Flights | None = None,
         secret: bytes = b"",
+        runtime: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._flights = flights or Flights()
         self._secret = secret
+        self._runtime = runtime
         self._clock = clock
         self._uses: dict[str, int] = {"hit": 0, "shared": 0, "miss": 0, "bypass": 0}
 
@@ -79,6 +82,8 @@ class AnswerCache:
             if control.only_if_cached:
                 raise NotCached("such an answer is not kept", param="cache-control")
             return generate(), BYPASS, ""
+        if scope.target == "edge":
+            scope = dataclasses.replace(scope, runtime=self._runtime)
         query = Query(key_of(request, scope, secret=self._secret), request, scope, rules, control.max_age_s)
         shared = None if control.no_cache or request.deadline_s else (query.key, request.priority)
         found = None if control.no_cache else await self._found(query, shared)

@@ -24,6 +24,8 @@ class Scope:
     model: str
     weights: str = ""
     """Names the very bytes of the model, as far as that is known."""
+    runtime: str = ""
+    """Names what the device's settings change of its answers."""
     context_length: int | None = None
     redaction: str = ""
     """Names the rules by which personal data was replaced on the way out; empty where none was."""

@@ -34,7 +34,10 @@ async def open_cache(settings: EdgeSettings, state: Path, embedding: Embedding) 
         layers += _outside(settings, state, Rows(seal))
     if layers:
         layers.append(SemanticLayer(embedding, tuple(layers)))
-    return AnswerCache(Store(layers), secret=seal.key_secret if seal else b"") if layers else None
+    if not layers:
+        return None
+    runtime = "context_shift" if settings.context_shift else ""
+    return AnswerCache(Store(layers), secret=seal.key_secret if seal else b"", runtime=runtime)
 
 
 def _outside(settings: EdgeSettings, state: Path, rows: Rows) -> list[Layer]:

@@ -108,7 +108,7 @@ def test_a_sound_file_is_described(tmp_path: Path) -> None:
     ],
 )
 def test_a_fault_is_named(tmp_path: Path, content: bytes, fault: str) -> None:
-    """Each number that a loader would trust, made false."""
+    """S-16: each number that a loader would trust, made false."""
     with pytest.raises(ModelInvalid, match=fault) as raised:
         check_bytes(tmp_path, content)
 

@@ -102,7 +102,7 @@ def test_a_link_out_of_the_store_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_is_seen(tmp_path: Path) -> None:
-    """A file with a manifest is what was pulled, or it is not loaded; one without was never pulled."""
+    """S-17: a file with a manifest is what was pulled, or it is not loaded; one without was never pulled."""
     file = put(tmp_path, "m")
     verify(file)
     file.write_bytes(b"weightz")

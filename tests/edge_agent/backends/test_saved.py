@@ -65,7 +65,7 @@ def test_the_budget_holds(place: Place) -> None:
 
 
 def test_two_hundred_kinds_of_damage_are_noticed(place: Place) -> None:
-    """Bytes changed, cut off or added anywhere: nothing is used, the file is moved aside, the next is good."""
+    """S-19: bytes changed, cut off or added anywhere: nothing is used, the file is moved aside, the next is good."""
     rng = random.Random(0)
     place.saved().save(KEPT)
     whole = place.file.read_bytes()

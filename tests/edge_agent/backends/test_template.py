@@ -41,7 +41,7 @@ def test_what_a_user_writes_is_not_a_template() -> None:
     ],
 )
 def test_a_hostile_or_refusing_template_is_a_typed_error(source: str) -> None:
-    """It names the field and repeats nothing of what was said."""
+    """S-22: it reaches nothing, names the field and repeats nothing of what was said."""
     with pytest.raises(BadRequest) as raised:
         render(source)
 

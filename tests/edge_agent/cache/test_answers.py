@@ -32,14 +32,20 @@ class Edge:
     """An Agent with a cache in memory; requests by `caller`."""
 
     def __init__(
-        self, local: tuple[Any, ...] = HERE, cloud: tuple[Any, ...] | None = None, *, policy: str = "mode: prefer_edge"
+        self,
+        local: tuple[Any, ...] = HERE,
+        cloud: tuple[Any, ...] | None = None,
+        *,
+        policy: str = "mode: prefer_edge",
+        memory: MemoryLayer | None = None,
+        runtime: str = "",
     ) -> None:
         self.local = Local(ScriptedAnswer(*local))
         self.remote = None if cloud is None else Remote(ScriptedAnswer(*cloud))
         self.policy = parse(policy)
         self.clock = Clock()
-        self.memory = MemoryLayer(1 << 20)
-        self.cache = AnswerCache(Store([self.memory], clock=self.clock), clock=self.clock)
+        self.memory = memory or MemoryLayer(1 << 20)
+        self.cache = AnswerCache(Store([self.memory], clock=self.clock), runtime=runtime, clock=self.clock)
         self.events: list[RequestFinished] = []
         self.agent = Agent(
             self.local,
@@ -202,6 +208,17 @@ async def test_another_model_here_answers_anew() -> None:
     assert await edge.uses(greedy()) == ["miss"]
     edge.local.card = msgspec.structs.replace(edge.local.card, context_length=1024)
     assert await edge.uses(greedy()) == ["miss"]
+
+
+async def test_other_settings_of_the_runtime_answer_anew() -> None:
+    """What was kept before a setting changed that changes answers is not served after; the cloud's answers are."""
+    first = Edge(cloud=THERE)
+    cloud = msgspec.structs.replace(greedy(), model="cloud")
+    assert await first.uses(greedy(), cloud) == ["miss", "miss"]
+
+    assert await Edge(cloud=THERE, memory=first.memory).uses(greedy(), cloud) == ["hit", "hit"]
+    shifts = Edge(cloud=THERE, memory=first.memory, runtime="context_shift")
+    assert await shifts.uses(greedy(), cloud) == ["miss", "hit"]
 
 
 async def test_what_the_cloud_said_is_not_said_by_the_edge() -> None:
