@@ -22,6 +22,10 @@ from shared.errors import BadRequest, CausewayError, UpstreamFailed
 from shared.schemas import Delta
 
 STEP_S = 0.25
+BESIDE = 1.5
+"""A long prompt makes those who decode at most about three times as slow, however fast the machine is."""
+UNNOTICED_S = 0.04
+"""Tokens that come as fast as that are faster than anybody reads."""
 MIN_CHUNK = 32
 MIN_BESIDE = 8
 """The same, beside requests that decode."""
@@ -276,13 +280,13 @@ class Batcher:
 
     def _chunk(self, decodes: int) -> int:
         """Tokens of prompts in the next step: as many as take STEP_S, or, beside requests that decode, as many as take
-        no longer than their tokens: a long prompt makes them about twice as slow, however fast the machine is."""
+        BESIDE times what their tokens do, or UNNOTICED_S: small pieces cost more, since each is a pass of its own."""
         room = len(self._runtime.tokens) - len(self._slots)
         rate = self.prefill_tokens_per_s or 0
         if not decodes:
             return min(room, max(MIN_CHUNK, int(rate * STEP_S)))
         known = max((count for count in self._decode_s if count <= decodes), default=None)
-        seconds = STEP_S if known is None else min(STEP_S, self._decode_s[known])
+        seconds = STEP_S if known is None else min(STEP_S, max(UNNOTICED_S, BESIDE * self._decode_s[known]))
         return min(room, max(MIN_BESIDE, int(rate * seconds)))
 
     def _sample(self, slot: Slot, rows: list[NDArray[np.float32]], events: list[Event]) -> int:
