@@ -3,7 +3,8 @@ remember, report.
 
 The one fallback rule of Causeway is in `Agent._answer`: a retryable failure before the first token may be made good by
 the target that the decision permits, visibly; after the first token a stream goes on or ends with its error. Two
-models are never spliced into one answer.
+models are never spliced into one answer. Where the policy has a cascade, `edge_agent.cascade` holds the edge's answer
+back until it is judged, and the cloud's may take its place.
 """
 
 import asyncio
@@ -19,7 +20,10 @@ from edge_agent.backends.base import LocalModels, is_empty
 from edge_agent.cache.answers import AnswerCache, by_chance
 from edge_agent.cache.base import Scope
 from edge_agent.caller import ANYONE, Caller
+from edge_agent.cascade import Trial, cascaded
 from edge_agent.offload import Offload
+from router.cascade_rules import CascadeRules
+from router.confidence import Judged
 from router.decide import Decision, decide
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
 from router.observe import observe
@@ -30,7 +34,6 @@ from shared.schemas import Cached, ChatRequest, Delta, Label, Route, Target
 from shared.telemetry import Listener, observed
 
 COUNT_TIMEOUT_S = 5.0
-MAX_FAILURE_CHARS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +131,13 @@ class Agent:
         route, began = self._route(decision.target, decision.reason, edge), False
         if decision.redact:
             request = msgspec.structs.replace(request, label="redact")
+        rules = plan.policy.cascade if decision.escalates else None
+        if rules is None:
+            answer = self._relay(request, route, terms)
+        else:
+            answer = self._cascade(request, rules, route, plan.record, terms)
         try:
-            async with aclosing(self._relay(request, route, terms)) as deltas:
+            async with aclosing(answer) as deltas:
                 async for delta in deltas:
                     began = True
                     yield delta
@@ -141,6 +149,21 @@ class Agent:
         async with aclosing(self._relay(request, route, terms)) as deltas:
             async for delta in deltas:
                 yield delta
+
+    def _cascade(
+        self, request: ChatRequest, rules: CascadeRules, route: Route, record: Recorded, terms: Terms
+    ) -> AsyncGenerator[Delta, None]:
+        """The edge's answer if it is good enough, else the cloud's."""
+        trial = Trial(request, rules, self._local.named(request.model).model_card(), self._clock)
+
+        def escalated(reason: str) -> AsyncGenerator[Delta, None]:
+            return self._relay(trial.late(), self._route("cloud", reason, route.model), terms)
+
+        def heard(judged: Judged) -> None:
+            if self._record is not None:
+                self._record(request.id, replace(record, judged=judged))
+
+        return cascaded(trial, self._relay(trial.request, route, terms), escalated, heard)
 
     async def _relay(self, request: ChatRequest, route: Route, terms: Terms) -> AsyncGenerator[Delta, None]:
         """One target's answer from its first token on, the route on its first and last delta, its name on errors."""
@@ -200,8 +223,8 @@ class Agent:
             return estimate_tokens(request)
 
     def _stand_in(self, decision: Decision, target: Target, error: CausewayError, edge: str) -> Route:
-        failure = f"{decision.target} {error.code}: {error.message}".encode("ascii", "replace").decode()
-        return self._route(target, f"{failure[:MAX_FAILURE_CHARS]}; answered by the {target}", edge, failovers=1)
+        reason = f"{error.in_short(decision.target)}; answered by the {target}"
+        return self._route(target, reason, edge, failovers=1)
 
     def _route(self, target: Target, reason: str, edge: str, failovers: int = 0) -> Route:
         """`edge` is the model that answers where the edge does."""

@@ -25,8 +25,8 @@ class Errors:
 
 
 class Experience:
-    """`decided` when a decision was made, and as a Listener when its request has ended; `keep` then gets the whole. All
-    on the event loop, and at once."""
+    """`decided` when a decision was made, again when more of it is known, and as a Listener when its request has ended;
+    `keep` then gets the whole. All on the event loop, and at once."""
 
     def __init__(self, keep: Callable[[Recorded], None] | None = None) -> None:
         self._keep = keep
@@ -42,7 +42,7 @@ class Experience:
     def decided(self, request_id: str, record: Recorded) -> None:
         if record.refused:
             self._done(record)
-        elif len(self._open) < MAX_OPEN:
+        elif request_id in self._open or len(self._open) < MAX_OPEN:
             self._open[request_id] = record
         else:
             self.lost += 1

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from router.calibrate import calibrate, section
+from router.calibrate import read as read_outcomes
+from router.cascade_rules import CascadeRules, Hold
 from router.decide import Decision, decide
 from router.defaults import default_policy
 from router.document import MAX_BYTES
@@ -100,6 +103,34 @@ def replay_journal(
     _print(rows | ({"predictions off by": f"{errors} (median)"} if errors else {}))
 
 
+@app.command("calibrate")
+def calibrate_cascade(
+    outcomes: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Answers known to be right or wrong.")],
+    hold: Annotated[str, typer.Option(help="sentence or answer, as the policy's cascade has it.")] = "sentence",
+) -> None:
+    """Fit the cascade to a model: prints what belongs under `cascade` in the policy, with its reliability as comments.
+
+    OUTCOMES has one JSON object a line: `model`, `right` (true or false), `logprobs` (a chat completion's
+    `choices[0].logprobs.content`, asked for with `top_logprobs: 5`) and, for one file of the model alone, `digest`.
+    """
+    held: dict[str, Hold] = {"sentence": "sentence", "answer": "answer"}
+    if hold not in held:
+        raise typer.BadParameter(f"must be one of {', '.join(held)}", param_hint="--hold")
+    try:
+        fitted = calibrate(read_outcomes(outcomes), CascadeRules(threshold=0.5, hold=held[hold]))
+    except (OSError, CausewayError) as error:
+        typer.echo(f"{outcomes}: {error}", err=True)
+        raise typer.Exit(1) from None
+    for one in fitted:
+        typer.echo(
+            f"# {one.model}: {one.answers} answers, {one.right:.0%} right; of answers not fitted to: calibration"
+        )
+        typer.echo(f"# error {one.error:.3f}, a right one ranks above a wrong one with probability {one.ranked:.2f}")
+        for part in one.bins:
+            typer.echo(f"#   said {part.said:.2f}   right {part.right:.2f}   of {part.count}")
+    typer.echo(section(fitted))
+
+
 @app.command()
 def schema() -> None:
     """The JSON Schema of a policy file, for editors."""
@@ -148,6 +179,7 @@ def _show(decision: Decision, features: RequestFeatures, *, as_json: bool) -> No
     rows = {
         "target": decision.target,
         "fallback": decision.fallback or "none",
+        "judged": "yes, the cloud may answer after all" if decision.escalates else "no",
         "redacted": "yes" if decision.redact else "no",
         "rule": decision.rule,
         "reason": "\n".join(decision.reasons),

@@ -33,6 +33,8 @@ class Decision:
     """The strictest that the request's own label, and what was found in it, ask for: so its answer is kept."""
     redact: bool = False
     """Whoever sends this request to the cloud must first replace its personal data and secrets."""
+    escalates: bool = False
+    """The edge's answer is to be judged before it is shown, and the cloud may give its own instead."""
     predictions: Predictions = UNMEASURED
     """What each side's answer would take."""
 
@@ -77,13 +79,15 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
     case = matched(Case(features, policy, device, link))
     barred = _barred(case)
     choice = _reachable(case, barred, _preferred(case, barred))
+    escalates = _escalates(case, barred, choice)
     return Decision(
         target=choice.target,
         fallback="edge" if choice.target == "cloud" and _edge_may_stand_in(case, barred) and device.available else None,
         rule=choice.rule,
         reasons=choice.reasons,
         label=_care(case),
-        redact=choice.target == "cloud" and _care(case) == "redact",
+        redact=(choice.target == "cloud" or escalates) and _care(case) == "redact",
+        escalates=escalates,
         predictions=case.predictions,
     )
 
@@ -329,3 +333,14 @@ def _obstacle(case: Case, barred: Mapping[Target, Bar], other: Target, *, failed
 
 def _edge_may_stand_in(case: Case, barred: Mapping[Target, Bar]) -> bool:
     return case.policy.fallback == "edge" and ("edge" not in barred or barred["edge"].stands_in)
+
+
+# --- who may answer after all -----------------------------------------------------------------------------------------
+
+
+def _escalates(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> bool:
+    """The cascade is for what was left to the edge by a goal or the mode: no rule, bar or outage has spoken. Nothing is
+    held back for a cloud that could not answer."""
+    if case.policy.cascade is None or choice.target != "edge" or choice.rule not in ("goal", "mode"):
+        return False
+    return "cloud" not in barred and _outage(case, "cloud") is None

@@ -15,6 +15,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from router.cascade_rules import Calibration, CascadeRules
 from router.conditions import MAP, TEXT, Condition, Range, TenantName, When, Written
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
 from router.features import EXPECTED_OUTPUT_TOKENS
@@ -168,6 +169,9 @@ class Breaker(Written):
         return self
 
 
+_OVERRIDDEN: Final = ("mode", "fallback", "goal", "cascade", "privacy")
+
+
 class Override(Written):
     """What differs from the policy around it; what is not given stays. Its rules come first, and one that has the name
     of a common rule takes its place."""
@@ -176,11 +180,12 @@ class Override(Written):
     fallback: Literal["edge", "none"] | None = None
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
     goal: Goal | None = None
+    cascade: CascadeRules | None = None
     privacy: PrivacyRules | None = None
 
     def over(self, base: "Policy", **others: Any) -> "Policy":
         """`base` with these changes and `others`; raises pydantic.ValidationError if they contradict each other."""
-        given = {name: value for name in ("mode", "fallback", "goal", "privacy") if (value := getattr(self, name))}
+        given = {name: value for name in _OVERRIDDEN if (value := getattr(self, name))}
         mode, own = given.get("mode", base.mode), {rule.name for rule in self.rules}
         common = () if self.rules and self.rules[-1].unconditional else base.rules
         kept = tuple(rule for rule in common if rule.name not in own and _permits(mode, rule))
@@ -202,6 +207,9 @@ class Policy(Written):
     )
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES, description="the first that holds applies")] = ()
     goal: Goal | None = Field(None, description="for requests that no rule decides: by their learned difficulty")
+    cascade: CascadeRules | None = Field(
+        None, description="for requests that no rule decides: the edge's answer if it is good enough, else the cloud's"
+    )
     privacy: PrivacyRules = PrivacyRules()
     cache: CacheRules = CacheRules()
     expected_output_tokens: Annotated[
@@ -326,12 +334,13 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         "privacy": PrivacyRules,
         "goal": Goal,
         "cache": CacheRules,
+        "cascade": CascadeRules,
         "shadow": Override,
     }
+    of_maps: dict[str, type[BaseModel]] = {"tenants": Override, "calibration": Calibration}
     parent: type[BaseModel] = Policy
     for before, step in zip(("", *loc), loc[:-1], strict=False):
-        in_tenant = before == "tenants"
-        parent = Rule if isinstance(step, int) else Override if in_tenant else models.get(step, Range)
+        parent = Rule if isinstance(step, int) else of_maps.get(str(before)) or models.get(step, Range)
     names = [field.alias or name for name, field in parent.model_fields.items()]
     close = difflib.get_close_matches(str(loc[-1])[:80], names, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"

@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from router.confidence import Judged
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.predict import UNMEASURED, Prediction, Predictions
 from shared.schemas import Target
@@ -67,13 +68,20 @@ class Recorded:
     predictions: Predictions = UNMEASURED
     refused: str = ""
     shadow: Shadowed | None = None
+    judged: Judged | None = None
+    """What the cascade made of the edge's answer."""
     outcome: Outcome = Outcome()
 
     @property
+    def timed(self) -> bool:
+        """Its times tell of the side that served it, and of nothing else: nothing was kept, shared or held back."""
+        return self.outcome.worked and self.judged is None
+
+    @property
     def went_well(self) -> bool:
-        """Answered to its end by the side that was chosen: its times tell of that side, and of nothing else."""
+        """Answered to its end by the side that was chosen, and timed."""
         outcome = self.outcome
-        return outcome.ending == "done" and self.target is not None and outcome.served == self.target and outcome.worked
+        return outcome.ending == "done" and self.target is not None and outcome.served == self.target and self.timed
 
     @property
     def prediction_errors(self) -> Prediction:

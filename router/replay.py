@@ -54,13 +54,13 @@ def replay(records: Iterable[Recorded], candidate: Policy) -> Comparison:
         before = record.target or "refused"
         after = decision.target if decision else "refused"
         comparison.rules[decision.rule if decision else "refused"] += 1
-        comparison.redacted += decision is not None and decision.redact
+        comparison.redacted += decision is not None and decision.target == "cloud" and decision.redact
         comparison.leaks += after == "cloud" and record.request.label == "edge_only"
         if before == after:
             continue
         comparison.moved[before, after] += 1
         if decision is not None and record.target is not None:
-            told = record.outcome.served == record.target and record.outcome.worked
+            told = record.outcome.served == record.target and record.timed
             was = record.outcome.first_token_s if told else None
             becomes = speeds[decision.target].first_token_s(record.request.prompt_tokens)
             if was is not None and becomes is not None:
@@ -92,7 +92,7 @@ class _Speed:
         self._seen = sorted(
             (record.request.prompt_tokens, record.outcome.first_token_s)
             for record in records
-            if record.outcome.served == target and record.outcome.worked and record.outcome.first_token_s is not None
+            if record.outcome.served == target and record.timed and record.outcome.first_token_s is not None
         )
 
     def first_token_s(self, prompt_tokens: int) -> float | None:

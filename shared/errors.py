@@ -38,6 +38,7 @@ A class fixes `code`, `status` and `retryable`; an instance adds the message, th
 from typing import ClassVar, Literal, Self
 
 Source = Literal["edge", "cloud"]
+MAX_SHORT_CHARS = 120
 
 
 class CausewayError(Exception):
@@ -65,6 +66,10 @@ class CausewayError(Exception):
         """Say who failed, unless that is known already."""
         self.source = self.source or source
         return self
+
+    def in_short(self, failed: Source) -> str:
+        """That this side failed and how, fit for a reply header."""
+        return f"{failed} {self.code}: {self.message}".encode("ascii", "replace").decode()[:MAX_SHORT_CHARS]
 
 
 class BadRequest(CausewayError):

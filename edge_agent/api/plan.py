@@ -43,6 +43,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
             "reasons": decision.reasons,
             "label": decision.label,
             "redact": decision.redact,
+            "escalates": decision.escalates,
             "predictions": decision.predictions,
         }
     return {**said, "seen": {"request": seen.request, "device": seen.device, "link": seen.link}}

@@ -252,6 +252,7 @@ def _decision(number: int, record: Recorded) -> dict[str, Any]:
         "reason": record.reason,
         "redact": record.redact,
         "refused": record.refused,
+        "judged": None if record.judged is None else record.judged.said,
         "policy": record.policy,
         "shadow": None if record.shadow is None else record.shadow.target or record.shadow.refused,
         **dataclasses.asdict(outcome),

@@ -50,6 +50,19 @@ def test_a_record_is_completed_and_kept() -> None:
     assert (one.outcome.first_token_s, one.outcome.total_s) == (0.2, 1.2)
 
 
+def test_a_decision_may_be_told_again() -> None:
+    """With more that is known of it: one row comes of it, also where no further decision would be waited for."""
+    kept: list[Recorded] = []
+    experience = Experience(kept.append)
+    for number in range(MAX_OPEN):
+        experience.decided(str(number), record())
+    experience.decided("0", record(reason="later"))
+    experience(finished("0"))
+
+    assert [one.reason for one in kept] == ["later"]
+    assert experience.lost == 0
+
+
 def test_a_refusal_is_kept_at_once() -> None:
     """It has no end to wait for."""
     kept: list[Recorded] = []

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from router.__main__ import app
+from router.confidence import Heard, Judged
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import parse
 from router.privacy.inspect import Privacy
@@ -47,6 +48,18 @@ def test_the_same_policy_changes_nothing() -> None:
     comparison = replay([record(), record(20)], parse("mode: prefer_edge"))
     assert (comparison.total, comparison.changed, comparison.rules) == (2, 0, {"mode": 2})
     assert said(comparison) == "change nothing (of 2); 0 redacted, 0 private leaks"
+
+
+def test_what_was_held_back_tells_no_times() -> None:
+    """A cascade shows an answer later than it came: its times are nobody's."""
+    judged = Judged(heard=Heard(tokens=3), p=0.9, threshold=0.6)
+    held = [replace(one, judged=judged) for one in (record(10), record(200), record(300), record(250, CLOUD))]
+
+    comparison = replay(held, LONG_TO_CLOUD)
+
+    assert comparison.moved == {("edge", "cloud"): 2}
+    assert comparison.estimated == 0
+    assert not any(one.went_well for one in held)
 
 
 def test_what_moves_is_counted_and_its_time_estimated() -> None:

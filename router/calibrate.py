@@ -1,0 +1,176 @@
+"""Calibrates the cascade to a model: from answers that are known to be right or wrong, the logistic curve over the same
+signals that are read when it answers. Regression with a ridge on standard inputs, by Newton's method.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from router.cascade_rules import Calibration, CascadeRules
+from router.confidence import Heard, Tally, probability
+from shared.errors import BadRequest
+from shared.schemas import Delta, TokenLogprob, TopLogprob
+
+SIGNALS: Final = ("mean_logprob", "least_logprob", "margin", "entropy")
+MAX_ROWS: Final = 100_000
+MAX_LINE_BYTES: Final = 16 << 20
+LEAST_ROWS: Final = 50
+LEAST_OF_EITHER: Final = 10
+FOLDS: Final = 5
+BINS: Final = 10
+_RIDGE: Final = 1.0
+_STEPS: Final = 50
+
+Floats = NDArray[np.float64]
+
+
+class Rival(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+
+
+class Token(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    top_logprobs: tuple[Rival, ...] = ()
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """One line of the table. `logprobs` is a chat completion's `choices[0].logprobs.content`, asked for with
+    `top_logprobs: 5`; `digest` is how the SHA-256 of the model's file begins."""
+
+    model: str
+    right: bool
+    logprobs: tuple[Token, ...]
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Answers that were given much the same probability: how many, which on average, what share of them was right."""
+
+    count: int
+    said: float
+    right: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """`bins` and `error` (expected calibration error) are of answers judged by a curve that was not fitted to them.
+
+    `ranked` is the probability that a right answer is thought better of than a wrong one (AUROC): at 0.5 the signals
+    say nothing about this model.
+    """
+
+    model: str
+    calibration: Calibration
+    answers: int
+    right: float
+    bins: tuple[Bin, ...]
+    error: float
+    ranked: float
+
+
+def read(path: Path) -> Iterator[Answered]:
+    """Raises BadRequest naming the line that is none, OSError."""
+    with path.open("rb") as lines:
+        for number in range(1, MAX_ROWS + 2):
+            line = lines.readline(MAX_LINE_BYTES)
+            if not line:
+                return
+            if number > MAX_ROWS or (len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")):
+                raise BadRequest(f"line {number}: at most {MAX_ROWS} lines of {MAX_LINE_BYTES} bytes", param="outcomes")
+            if not line.strip():
+                continue
+            try:
+                yield msgspec.json.decode(line, type=Answered)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                raise BadRequest(f"line {number}: {error}", param="outcomes") from error
+
+
+def heard(answered: Answered, rules: CascadeRules) -> Heard:
+    """What the cascade would have heard of it under these rules."""
+    tally = Tally()
+    for at, token in enumerate(answered.logprobs, 1):
+        top = tuple(TopLogprob(rival.token, rival.logprob) for rival in token.top_logprobs)
+        last = at == len(answered.logprobs)
+        logprobs = (TokenLogprob(token.token, token.logprob, (), top),)
+        tally.push(Delta(text=token.token, tokens=1, logprobs=logprobs, finish_reason="stop" if last else None))
+        if tally.enough(rules, 0.0):
+            break
+    return tally.heard()
+
+
+def calibrate(rows: Iterable[Answered], rules: CascadeRules) -> list[Fitted]:
+    """By model and digest, in the order of the table. Raises BadRequest where one has too few answers."""
+    groups: dict[tuple[str, str], list[tuple[Heard, bool]]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.digest), []).append((heard(row, rules), row.right))
+    return [_fitted(model, digest, pairs) for (model, digest), pairs in groups.items()]
+
+
+def _fitted(model: str, digest: str, pairs: Sequence[tuple[Heard, bool]]) -> Fitted:
+    told = [one for one, _ in pairs]
+    right = np.array([outcome for _, outcome in pairs], np.float64)
+    if len(pairs) < LEAST_ROWS or min(right.sum(), len(right) - right.sum()) < LEAST_OF_EITHER:
+        least = f"at least {LEAST_ROWS} answers, {LEAST_OF_EITHER} of them right and {LEAST_OF_EITHER} wrong"
+        raise BadRequest(f"{model}: {len(pairs)} answers, {int(right.sum())} right; it takes {least}", param="outcomes")
+    inputs = np.array([[getattr(one, name) for name in SIGNALS] for one in told])
+    fold = np.arange(len(pairs)) % FOLDS
+    said = np.empty(len(pairs))
+    for number in range(FOLDS):
+        others = fold != number
+        curve = _fit(inputs[others], right[others], digest)
+        said[~others] = [probability(told[at], curve) for at in np.flatnonzero(~others)]
+    bins = tuple(
+        Bin(len(part), float(said[part].mean()), float(right[part].mean()))
+        for part in np.array_split(np.argsort(said, kind="stable"), BINS)
+    )
+    error = sum(one.count * abs(one.said - one.right) for one in bins) / len(pairs)
+    curve = _fit(inputs, right, digest)
+    return Fitted(model, curve, len(pairs), float(right.mean()), bins, error, _ranked(said, right))
+
+
+def _fit(inputs: Floats, right: Floats, digest: str) -> Calibration:
+    """inputs (N, signals), right (N,) of 0 and 1; both occur."""
+    mean, spread = inputs.mean(0), inputs.std(0)
+    spread[spread < 1e-9] = 1.0
+    standard = np.column_stack([np.ones(len(inputs)), (inputs - mean) / spread])
+    weights = np.zeros(standard.shape[1])
+    ridge = np.full(len(weights), _RIDGE)
+    ridge[0] = 1e-6
+    for _ in range(_STEPS):
+        p = 1 / (1 + np.exp(-np.clip(standard @ weights, -30, 30)))
+        gradient = standard.T @ (right - p) - ridge * weights
+        curvature = (standard.T * np.maximum(p * (1 - p), 1e-6)) @ standard + np.diag(ridge)
+        step = np.linalg.solve(curvature, gradient)
+        weights += np.clip(step, -2, 2)
+        if np.abs(step).max() < 1e-9:
+            break
+    slopes = weights[1:] / spread
+    bias = float(weights[0] - slopes @ mean)
+    return Calibration(digest=digest, bias=bias, **dict(zip(SIGNALS, map(float, slopes), strict=True)))
+
+
+def _ranked(said: Floats, right: Floats) -> float:
+    """The Mann-Whitney statistic; ties count half."""
+    good, bad = np.sort(said[right == 1]), said[right == 0]
+    below = np.searchsorted(good, bad, side="right")
+    least = np.searchsorted(good, bad, side="left")
+    return float((2 * len(good) - below - least).sum() / (2 * len(good) * len(bad)))
+
+
+def section(fitted: Sequence[Fitted]) -> str:
+    """What belongs under `cascade` in the policy."""
+    lines = ["calibration:"]
+    for one in fitted:
+        fields = one.calibration.model_dump()
+        values = ", ".join(f"{name}: {fields[name]:.6g}" for name in ("bias", *SIGNALS))
+        lines.append(f'  {json.dumps(one.model)}: {{digest: "{one.calibration.digest}", {values}}}')
+    return "\n".join(lines)
