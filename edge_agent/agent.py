@@ -26,6 +26,7 @@ from router.cascade_rules import CascadeRules
 from router.confidence import Judged
 from router.decide import Decision, decide
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
+from router.money import NOTHING_SPENT, Spent
 from router.observe import observe
 from router.policy import Policy
 from router.records import Recorded, Shadowed
@@ -57,7 +58,8 @@ class Terms:
 class Agent:
     """One answer made of two: the model on this device and, unless `offload` is None, the cloud.
 
-    `policy` and `device` are asked anew for each request; a request keeps the policy that it was decided by.
+    `policy`, `device` and `spent` (by a tenant) are asked anew for each request, and `record` is told before anything
+    else can run; a request keeps the policy that it was decided by.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Agent:
         cache: AnswerCache | None = None,
         listeners: tuple[Listener, ...] = (),
         record: Callable[[str, Recorded], None] | None = None,
+        spent: Callable[[str], Spent] = lambda _: NOTHING_SPENT,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -80,6 +83,7 @@ class Agent:
         self._cache = cache
         self._listeners = listeners
         self._record = record
+        self._spent = spent
         self._wall_clock = wall_clock
         self._clock = clock
 
@@ -96,7 +100,7 @@ class Agent:
         prompt_tokens = await self.prompt_tokens(request)
         whole = self._policy(request)
         policy = whole.of(tenant)
-        features = observe(request, policy, prompt_tokens=prompt_tokens, tenant=tenant)
+        features = observe(request, policy, prompt_tokens=prompt_tokens, tenant=tenant, spent=self._spent(tenant))
         device, link = self._device(request.model), self.link()
         record = Recorded(
             at=self._wall_clock(),
@@ -104,6 +108,7 @@ class Agent:
             device=device,
             link=link,
             policy=whole.fingerprint,
+            price=policy.price,
             shadow=_shadowed(request, policy, features, device, link),
         )
         try:
@@ -116,6 +121,7 @@ class Agent:
             rule=decision.rule,
             reason=decision.reason,
             redact=decision.redact,
+            escalates=decision.escalates,
             predictions=decision.predictions,
         )
         return Plan(policy, decision, said)
@@ -254,7 +260,7 @@ def _shadowed(
     shadow = policy.shadowing
     if shadow is None:
         return None
-    seen = observe(request, shadow, prompt_tokens=features.prompt_tokens, tenant=features.tenant)
+    seen = observe(request, shadow, prompt_tokens=features.prompt_tokens, tenant=features.tenant, spent=features.spent)
     try:
         decision = decide(seen, shadow, device=device, link=link)
     except CausewayError as error:

@@ -21,6 +21,7 @@ from edge_agent.offload import Offload
 from edge_agent.policies.center import PolicyCenter
 from edge_agent.reload import Changes, LiveSettings
 from edge_agent.settings import EdgeSettings
+from edge_agent.spending import Spending
 from router.features import VIRTUAL_MODELS
 from shared.schemas import ModelCard
 from shared.telemetry import Listener, RequestLog, RequestMetrics
@@ -63,10 +64,11 @@ def put_together(
     live: LiveSettings | None = None,
     embedder: Embedder | None = None,
     cache: AnswerCache | None = None,
+    spending: Spending | None = None,
 ) -> Daemon:
     live = live or LiveSettings(EdgeSettings())
     registry, counts = CollectorRegistry(), RouteCounts()
-    experience = Experience(journal.write if journal else None)
+    experience = Experience(journal.write if journal else None, spending)
     device = Device(local, pace=lambda: experience.pace("edge"), metered=lambda: live.current.metered)
     listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts, policy, experience)
     offload = Offload(cloud, pace=lambda: experience.pace("cloud")) if cloud is not None else None
@@ -78,6 +80,7 @@ def put_together(
         cache=cache,
         listeners=listeners,
         record=experience.decided,
+        spent=experience.spending.spent,
     )
     daemon = Daemon(
         intake=Intake(agent),

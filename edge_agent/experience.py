@@ -1,11 +1,12 @@
 """What became of each decision: its record is completed by its outcome, both sides' paces are learned from those that
-went well, and predictions are held against what happened."""
+went well, predictions are held against what happened, and what it cost is counted."""
 
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from edge_agent.spending import Spending
 from router.predict import Pace
 from router.records import Outcome, Recorded
 from shared.schemas import Target
@@ -28,8 +29,9 @@ class Experience:
     """`decided` when a decision was made, again when more of it is known, and as a Listener when its request has ended;
     `keep` then gets the whole. All on the event loop, and at once."""
 
-    def __init__(self, keep: Callable[[Recorded], None] | None = None) -> None:
+    def __init__(self, keep: Callable[[Recorded], None] | None = None, spending: Spending | None = None) -> None:
         self._keep = keep
+        self.spending = spending or Spending()
         self._open: dict[str, Recorded] = {}
         self._paces: dict[Target, Pace] = {"edge": Pace(), "cloud": Pace()}
         self._errors: Mapping[Target, Errors] = {"edge": Errors(), "cloud": Errors()}
@@ -44,8 +46,10 @@ class Experience:
             self._done(record)
         elif request_id in self._open or len(self._open) < MAX_OPEN:
             self._open[request_id] = record
+            self.spending.begun(request_id, record)
         else:
             self.lost += 1
+            self.spending.ended(request_id, replace(record, outcome=Outcome(cost=record.may_cost)))
 
     def __call__(self, event: RequestFinished, /) -> None:
         record = self._open.pop(event.request_id, None)
@@ -58,8 +62,11 @@ class Experience:
             total_s=event.total_s,
             completion_tokens=event.usage.completion_tokens if event.usage else 0,
             cache=event.route.cached.use if event.route and event.route.cached else "",
+            cost=_cost(record, event),
         )
-        self._done(replace(record, outcome=outcome))
+        record = replace(record, outcome=outcome)
+        self.spending.ended(event.request_id, record)
+        self._done(record)
 
     def accuracy(self) -> dict[str, dict[str, float | int | None]]:
         """By target: the median absolute error of the latest predictions in milliseconds, and of how many."""
@@ -94,6 +101,22 @@ class Experience:
             total_s=outcome.total_s,
             together=record.device.running + 1 if target == "edge" else 1,
         )
+
+
+def _cost(record: Recorded, event: RequestFinished) -> float | None:
+    """By its usage; of an answer that was cut off, by as much of it as came. A cloud that failed before its first token
+    takes nothing, one that was told to stop has read the prompt."""
+    price, route = record.price, event.route
+    if price is None:
+        return None
+    asked = record.target == "cloud" or (record.judged is not None and not record.judged.good)
+    stopped = route is None and asked and event.outcome == "cancelled"
+    worked = route is not None and route.target == "cloud" and not (route.cached and route.cached.saved)
+    if not worked and not stopped:
+        return 0.0
+    if event.usage is None:
+        return price.of(record.request.prompt_tokens, event.tokens)
+    return price.of(event.usage.prompt_tokens, event.usage.completion_tokens)
 
 
 def _median_ms(seconds: deque[float]) -> float | None:

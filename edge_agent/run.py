@@ -30,6 +30,7 @@ from edge_agent.policies.history import History
 from edge_agent.policies.signer import device_signer
 from edge_agent.reload import LiveSettings, on_hangup
 from edge_agent.settings import EdgeSettings, check
+from edge_agent.spending import Spending
 from shared.config import InvalidSettings, read_secret
 from shared.guard import Guard
 from shared.keys import Keys
@@ -63,6 +64,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
             cloud.start()  # connects while the model loads
         closing.push_async_callback(local.aclose)
         await local.start()
+        spending = Spending.remembered(state / "journal.db")
         journal = Journal(state / "journal.db")
         closing.callback(journal.close)
         embedder = Embedder.named(
@@ -72,7 +74,7 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         cache = await open_cache(settings, state, embedder)
         if cache is not None:
             closing.push_async_callback(cache.aclose)
-        daemon = put_together(local, cloud, policy, journal, live, embedder, cache)
+        daemon = put_together(local, cloud, policy, journal, live, embedder, cache, spending)
         administrators = Administrators(token, state / KEYS_FILE)
         app = edge_app(daemon, keys=access, guard=_guard(settings), administrators=administrators)
         add_admin(app, daemon, token=token, keys_file=state / KEYS_FILE)

@@ -19,6 +19,7 @@ from router.decide import Decision, decide
 from router.defaults import default_policy
 from router.document import MAX_BYTES
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
+from router.money import Price, spelled
 from router.observe import observe
 from router.policy import InvalidPolicy, Policy, json_schema, parse
 from router.records import MAX_ROWS, read
@@ -77,7 +78,7 @@ def explain(
     except CausewayError as error:
         _refused(error, features, as_json=as_json)
         raise typer.Exit(1) from None
-    _show(decision, features, as_json=as_json)
+    _show(decision, features, chosen.price, as_json=as_json)
 
 
 @app.command("replay")
@@ -172,7 +173,7 @@ def _request(prompt: str, model: str, label: str, max_tokens: int | None) -> Cha
         raise typer.BadParameter(str(error)) from None
 
 
-def _show(decision: Decision, features: RequestFeatures, *, as_json: bool) -> None:
+def _show(decision: Decision, features: RequestFeatures, price: Price | None, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(decision), "features": dataclasses.asdict(features)}))
         return
@@ -185,6 +186,8 @@ def _show(decision: Decision, features: RequestFeatures, *, as_json: bool) -> No
         "reason": "\n".join(decision.reasons),
         "measured": _measured(features),
     }
+    if (cost := decision.predictions.cloud.cost) is not None and price is not None:
+        rows["cost"] = f"{spelled(cost)} {price.currency} in the cloud"
     _print(rows)
 
 

@@ -16,7 +16,15 @@ from router.facts import Case, matched
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy
 from router.predict import UNMEASURED, Predictions
-from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
+from shared.errors import (
+    CausewayError,
+    ContextTooLong,
+    Overloaded,
+    PolicyDenied,
+    RateLimited,
+    UnknownModel,
+    Unreachable,
+)
 from shared.schemas import LABELS, Label, Target
 
 
@@ -36,7 +44,7 @@ class Decision:
     escalates: bool = False
     """The edge's answer is to be judged before it is shown, and the cloud may give its own instead."""
     predictions: Predictions = UNMEASURED
-    """What each side's answer would take."""
+    """What each side's answer would take and cost."""
 
     @property
     def reason(self) -> str:
@@ -75,10 +83,12 @@ OTHER: Final[Mapping[Target, Target]] = {"edge": "cloud", "cloud": "edge"}
 
 
 def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, link: LinkReading) -> Decision:
-    """Raises UnknownModel, PolicyDenied, ContextTooLong, Overloaded or Unreachable when nobody may or can answer."""
+    """Raises UnknownModel, PolicyDenied, ContextTooLong, RateLimited, Overloaded or Unreachable when nobody may or can
+    answer."""
     case = matched(Case(features, policy, device, link))
     barred = _barred(case)
     choice = _reachable(case, barred, _preferred(case, barred))
+    _refuse_beyond_budget(case, choice)
     escalates = _escalates(case, barred, choice)
     return Decision(
         target=choice.target,
@@ -146,6 +156,13 @@ def no_cloud(case: Case) -> Bar | None:
     return None if case.link.configured else Bar("cloud", "no_cloud", "no cloud is configured")
 
 
+def budget(case: Case) -> Bar | None:
+    """More than may be spent in a day, where that keeps a request on the device."""
+    if case.policy.budgets is None or case.policy.budgets.over != "edge" or (why := case.beyond_budget) is None:
+        return None
+    return Bar("cloud", "budget", why)
+
+
 def edge_context(case: Case) -> Bar | None:
     return _too_long(case, "edge", case.device.context_length)
 
@@ -161,6 +178,7 @@ BARS: Final[tuple[Callable[[Case], Bar | None], ...]] = (
     mode,
     firm_rule,
     no_cloud,
+    budget,
     edge_context,
     cloud_context,
 )
@@ -331,6 +349,14 @@ def _obstacle(case: Case, barred: Mapping[Target, Bar], other: Target, *, failed
     return other_out.reason if other_out and other_out.error else None
 
 
+def _refuse_beyond_budget(case: Case, choice: Choice) -> None:
+    """Where the policy says so, what the cloud was to answer is refused until the day is over."""
+    if choice.target != "cloud" or (why := case.beyond_budget) is None:
+        return
+    hour = case.device.hour
+    raise RateLimited(why, source="edge", retry_after=None if hour is None else (24 - hour) * 3600)
+
+
 def _edge_may_stand_in(case: Case, barred: Mapping[Target, Bar]) -> bool:
     return case.policy.fallback == "edge" and ("edge" not in barred or barred["edge"].stands_in)
 
@@ -343,4 +369,4 @@ def _escalates(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> bool
     held back for a cloud that could not answer."""
     if case.policy.cascade is None or choice.target != "edge" or choice.rule not in ("goal", "mode"):
         return False
-    return "cloud" not in barred and _outage(case, "cloud") is None
+    return "cloud" not in barred and _outage(case, "cloud") is None and case.beyond_budget is None

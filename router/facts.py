@@ -38,7 +38,16 @@ class Case:
 
     @property
     def predictions(self) -> Predictions:
-        return predict(self.request, self.device, self.link)
+        return predict(self.request, self.device, self.link, self.policy.price)
+
+    @property
+    def beyond_budget(self) -> str | None:
+        """Why the policy's budgets have no room for this request in the cloud; None if they have."""
+        budgets, price = self.policy.budgets, self.policy.price
+        if budgets is None or price is None:
+            return None
+        cost = price.of(self.request.prompt_tokens, self.request.answer_tokens)
+        return budgets.beyond(self.request.spent, cost, price.currency)
 
 
 FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
@@ -63,6 +72,9 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "cloud_first_token_ms": lambda case: _ms(case.predictions.cloud.first_token_s),
     "edge_total_ms": lambda case: _ms(case.predictions.edge.total_s),
     "cloud_total_ms": lambda case: _ms(case.predictions.cloud.total_s),
+    "cloud_cost": lambda case: case.predictions.cloud.cost,
+    "spent_today": lambda case: case.request.spent.day if case.policy.price else None,
+    "tenant_spent_today": lambda case: case.request.spent.tenant if case.policy.price else None,
     "cloud_failure_ratio": lambda case: case.link.failure_ratio,
     "round_trip_ms": lambda case: _ms(case.link.round_trip_s),
     "battery_percent": lambda case: case.device.battery_percent,
@@ -111,7 +123,9 @@ def _held(rule: Rule, case: Case) -> str | None:
 def _spelled(value: float | str | bool) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return value if isinstance(value, str) else f"{round(value, 1):.10g}"
+    if isinstance(value, str):
+        return value
+    return f"{round(value, 1):.10g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
 def _fits(case: Case, context_length: int | None) -> bool | None:

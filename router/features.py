@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from router.money import NOTHING_SPENT, Spent
 from router.privacy.inspect import CLEAN, Privacy
 from shared.schemas import ChatRequest, Label
 
@@ -48,6 +49,13 @@ class RequestFeatures:
     """Whose request it is; empty where clients show no key."""
     bucket: float | None = None
     """In [0, 100), evenly spread over conversations and the same for every request of one."""
+    spent: Spent = NOTHING_SPENT
+    """What was spent before it."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """The output asked for or, if the caller did not say, expected."""
+        return self.max_tokens or self.expected_output_tokens
 
     @property
     def required_context(self) -> int:
@@ -57,7 +65,7 @@ class RequestFeatures:
     @property
     def needs_context(self) -> int:
         """Tokens of context that answer it in comfort: the prompt and the output asked for or expected."""
-        return self.prompt_tokens + (self.max_tokens or self.expected_output_tokens)
+        return self.prompt_tokens + self.answer_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +147,7 @@ def measure(
     difficult_from: float | None = None,
     tenant: str = "",
     bucket: float | None = None,
+    spent: Spent = NOTHING_SPENT,
 ) -> RequestFeatures:
     """The request's own measures, with those that others made of it; see `router.observe`."""
     text = _excerpt(request)
@@ -159,6 +168,7 @@ def measure(
         difficult_from=difficult_from,
         tenant=tenant,
         bucket=bucket,
+        spent=spent,
     )
 
 

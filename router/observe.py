@@ -6,6 +6,7 @@ from typing import Final
 
 from router.difficulty import shipped_difficulty
 from router.features import RequestFeatures, measure
+from router.money import NOTHING_SPENT, Spent
 from router.policy import Goal, Policy
 from router.privacy.inspect import CLEAN, inspect
 from router.weights import InvalidWeights
@@ -14,7 +15,9 @@ from shared.schemas import ChatRequest
 BUCKETS: Final = 10_000
 
 
-def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int, tenant: str = "") -> RequestFeatures:
+def observe(
+    request: ChatRequest, policy: Policy, *, prompt_tokens: int, tenant: str = "", spent: Spent = NOTHING_SPENT
+) -> RequestFeatures:
     """`prompt_tokens` is the tokenizer's count of the whole templated prompt, or `estimate_tokens(request)`. Takes well
     under a millisecond for a short prompt; the first call makes the detector or reads the difficulty's weights."""
     looked_through = policy.asks_privacy or request.label == "redact"
@@ -28,6 +31,7 @@ def observe(request: ChatRequest, policy: Policy, *, prompt_tokens: int, tenant:
         difficult_from=difficult_from,
         tenant=tenant,
         bucket=bucket(request) if policy.asks("bucket") else None,
+        spent=spent,
     )
 
 

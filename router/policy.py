@@ -19,6 +19,7 @@ from router.cascade_rules import Calibration, CascadeRules
 from router.conditions import MAP, TEXT, Condition, Range, TenantName, When, Written
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
 from router.features import EXPECTED_OUTPUT_TOKENS
+from router.money import Budgets, Price, Prices, Tariff
 from router.privacy.checks import SUPPORTED_REGIONS
 from router.privacy.detect import MAX_WORD_CHARS, MAX_WORDS, Detector
 from router.privacy.kinds import KINDS, REGIONS
@@ -182,10 +183,13 @@ class Override(Written):
     goal: Goal | None = None
     cascade: CascadeRules | None = None
     privacy: PrivacyRules | None = None
+    budgets: Budgets | None = Field(None, description="those that differ")
 
     def over(self, base: "Policy", **others: Any) -> "Policy":
         """`base` with these changes and `others`; raises pydantic.ValidationError if they contradict each other."""
         given = {name: value for name in _OVERRIDDEN if (value := getattr(self, name))}
+        if self.budgets is not None:
+            given["budgets"] = self.budgets.upon(base.budgets)
         mode, own = given.get("mode", base.mode), {rule.name for rule in self.rules}
         common = () if self.rules and self.rules[-1].unconditional else base.rules
         kept = tuple(rule for rule in common if rule.name not in own and _permits(mode, rule))
@@ -212,6 +216,8 @@ class Policy(Written):
     )
     privacy: PrivacyRules = PrivacyRules()
     cache: CacheRules = CacheRules()
+    prices: Prices | None = Field(None, description="what answers cost; without them nothing is said of money")
+    budgets: Budgets | None = Field(None, description="what the cloud may cost in a day; needs prices")
     expected_output_tokens: Annotated[
         int, Field(ge=1, le=MAX_OUTPUT_TOKENS, description="guessed length of an answer without max_tokens")
     ] = EXPECTED_OUTPUT_TOKENS
@@ -226,6 +232,11 @@ class Policy(Written):
         default_factory=dict, description="what differs for a tenant's requests"
     )
     shadow: Override | None = Field(None, description="decided beside the policy and recorded, never acted on")
+
+    @cached_property
+    def price(self) -> Price | None:
+        """What the cloud takes, if that is known."""
+        return self.prices.cloud.price if self.prices else None
 
     def of(self, tenant: str) -> "Policy":
         """What holds for this tenant's requests."""
@@ -268,11 +279,23 @@ class Policy(Written):
                 raise _at(("rules", number, "target"), f"mode {self.mode} never sends a request there")
             if number and self.rules[number - 1].unconditional:
                 raise _at(("rules", number), f"never reached: rules[{number - 1}] has no conditions")
+        if (aimless := _aimless(self)) is not None:
+            raise _at(("budgets",), aimless)
         for name, override in self.tenants.items():
             _refuse_contradiction(("tenants", name), override, self)
         if self.shadow is not None:
             _refuse_contradiction(("shadow",), self.shadow, self, shadow=None)
         return self
+
+
+def _aimless(policy: Policy) -> str | None:
+    """Why its budgets could never have a say."""
+    budgets = policy.budgets
+    if budgets is None:
+        return None
+    if budgets.day is None and budgets.tenant_day is None:
+        return "give day or tenant_day"
+    return "without prices nobody can tell what was spent" if policy.prices is None else None
 
 
 def _refuse_contradiction(path: Path, override: Override, base: Policy, **others: Any) -> None:
@@ -336,8 +359,10 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         "cache": CacheRules,
         "cascade": CascadeRules,
         "shadow": Override,
+        "prices": Prices,
+        "budgets": Budgets,
     }
-    of_maps: dict[str, type[BaseModel]] = {"tenants": Override, "calibration": Calibration}
+    of_maps: dict[str, type[BaseModel]] = {"tenants": Override, "calibration": Calibration, "prices": Tariff}
     parent: type[BaseModel] = Policy
     for before, step in zip(("", *loc), loc[:-1], strict=False):
         parent = Rule if isinstance(step, int) else of_maps.get(str(before)) or models.get(step, Range)

@@ -1,4 +1,5 @@
-"""How long an answer to this prompt would take, here and in the cloud: from what was measured, else unknown.
+"""How long an answer to this prompt would take, here and in the cloud, and what it would cost: from what was measured
+and written, else unknown.
 
 `Pace` is what was learned of a side from the answers it gave.
 
@@ -8,10 +9,11 @@
                         ran beside as many others as would now)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.money import Price
 
 FADE: Final = 0.95
 """What a sample counts beside the next one: the last twenty or so matter."""
@@ -23,11 +25,13 @@ SPREAD: Final = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Of one side, in seconds; None where nothing was measured to tell from."""
+    """Of one side, times in seconds; None where nothing was measured to tell from."""
 
     first_token_s: float | None = None
     total_s: float | None = None
     """Until the last of the tokens expected of the answer."""
+    cost: float | None = None
+    """Of the prompt and that answer, where the policy has a price."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +43,15 @@ class Predictions:
 UNMEASURED: Final = Predictions()
 
 
-def predict(request: RequestFeatures, device: DeviceReading, link: LinkReading) -> Predictions:
+def predict(
+    request: RequestFeatures, device: DeviceReading, link: LinkReading, price: Price | None = None
+) -> Predictions:
+    """`price` is what the cloud takes."""
     further = request.expected_output_tokens - 1
+    cost = None if price is None else price.of(request.prompt_tokens, request.expected_output_tokens)
     return Predictions(
         edge=_whole(_edge_first(request, device), further, device.token_s),
-        cloud=_whole(_cloud_first(request, link), further, link.token_s),
+        cloud=replace(_whole(_cloud_first(request, link), further, link.token_s), cost=cost),
     )
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from router.confidence import Judged
 from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.money import Price
 from router.predict import UNMEASURED, Prediction, Predictions
 from shared.schemas import Target
 
@@ -35,6 +36,8 @@ class Outcome:
     completion_tokens: int = 0
     cache: str = ""
     """What the edge's cache had to do with it: `hit`, `shared`, `miss`, `bypass`; empty where there was none."""
+    cost: float | None = None
+    """What the cloud took for it, by the price then in force; None where there was none."""
 
     @property
     def worked(self) -> bool:
@@ -65,11 +68,15 @@ class Recorded:
     rule: str = ""
     reason: str = ""
     redact: bool = False
+    escalates: bool = False
+    """A cascade may have asked the cloud, too."""
     predictions: Predictions = UNMEASURED
     refused: str = ""
     shadow: Shadowed | None = None
     judged: Judged | None = None
     """What the cascade made of the edge's answer."""
+    price: Price | None = None
+    """What the cloud took for tokens."""
     outcome: Outcome = Outcome()
 
     @property
@@ -84,6 +91,13 @@ class Recorded:
         return outcome.ending == "done" and self.target is not None and outcome.served == self.target and self.timed
 
     @property
+    def may_cost(self) -> float:
+        """What is set aside for it while it is under way."""
+        if self.price is None or not (self.target == "cloud" or self.escalates):
+            return 0.0
+        return self.price.of(self.request.prompt_tokens, self.request.answer_tokens)
+
+    @property
     def prediction_errors(self) -> Prediction:
         """How far off the prediction for the chosen side was, in seconds, either way; None where either is unknown."""
         if self.target is None:
@@ -93,6 +107,18 @@ class Recorded:
             first_token_s=_off(said.first_token_s, self.outcome.first_token_s),
             total_s=_off(said.total_s, self.outcome.total_s),
         )
+
+
+def costs(path: Path, *, since: float) -> dict[str, float]:
+    """What the recorded requests have cost since then, by tenant. Raises OSError or sqlite3.Error where the file cannot
+    be read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no journal at {path}")
+    tenant, cost = "json_extract(text, '$.request.tenant')", "json_extract(text, '$.outcome.cost')"
+    rows = "SELECT CAST(recorded AS TEXT) AS text FROM decisions WHERE at >= ?"
+    summed = f"SELECT {tenant}, total({cost}) FROM ({rows}) WHERE json_valid(text) GROUP BY 1"  # noqa: S608 - constants
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        return {name or "": sum_ for name, sum_ in database.execute(summed, (since,))}
 
 
 def _off(said: float | None, was: float | None) -> float | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.decide import Decision, decide
+from router.money import Price, spelled
 from router.policy import Policy
 from router.records import Recorded
 from shared.errors import CausewayError
@@ -37,6 +38,9 @@ class Comparison:
     first_token_error_s: float | None = None
     """How far off the recorded predictions were, in the median, of requests that went as decided."""
     total_error_s: float | None = None
+    cost_change: float | None = None
+    """What the cloud would take more or less, in `currency`; None where neither policy has a price."""
+    currency: str = ""
 
     @property
     def changed(self) -> int:
@@ -50,7 +54,8 @@ def replay(records: Iterable[Recorded], candidate: Policy) -> Comparison:
     comparison, changes = Comparison(total=len(recorded)), list[float]()
     speeds = {target: _Speed(recorded, target) for target in ("edge", "cloud")}
     for record in recorded:
-        decision = _decide(record, candidate)
+        policy = candidate.of(record.request.tenant)
+        decision = _decide(record, policy)
         before = record.target or "refused"
         after = decision.target if decision else "refused"
         comparison.rules[decision.rule if decision else "refused"] += 1
@@ -59,6 +64,7 @@ def replay(records: Iterable[Recorded], candidate: Policy) -> Comparison:
         if before == after:
             continue
         comparison.moved[before, after] += 1
+        _count_cost(comparison, record, after, policy.price or record.price)
         if decision is not None and record.target is not None:
             told = record.outcome.served == record.target and record.timed
             was = record.outcome.first_token_s if told else None
@@ -71,6 +77,19 @@ def replay(records: Iterable[Recorded], candidate: Policy) -> Comparison:
     if changes:
         comparison.first_token_change_s, comparison.estimated = statistics.fmean(changes), len(changes)
     return comparison
+
+
+def _count_cost(comparison: Comparison, record: Recorded, after: str, price: Price | None) -> None:
+    """What a request that moves takes more or less: by its usage where it is known, else as predicted."""
+    if price is None:
+        return
+    answer_tokens = record.outcome.completion_tokens or record.request.expected_output_tokens
+    predicted = price.of(record.request.prompt_tokens, answer_tokens)
+    before = predicted if record.target == "cloud" else 0.0
+    if record.outcome.cost is not None:
+        before = record.outcome.cost
+    change = (predicted if after == "cloud" else 0.0) - before
+    comparison.cost_change, comparison.currency = (comparison.cost_change or 0.0) + change, price.currency
 
 
 def _decide(record: Recorded, policy: Policy) -> Decision | None:
@@ -120,4 +139,7 @@ def said(comparison: Comparison) -> str:
     if comparison.first_token_change_s is not None:
         ms = comparison.first_token_change_s * 1000
         text += f"; first token {ms:+.0f} ms on {comparison.estimated} of the moved"
+    if comparison.cost_change is not None:
+        sign = "+" if comparison.cost_change >= 0 else "-"
+        text += f"; {sign}{spelled(abs(comparison.cost_change))} {comparison.currency}"
     return text

@@ -37,6 +37,8 @@ class RequestFinished:
     route: Route | None = None
     error_code: str | None = None
     tenant: str = "local"
+    tokens: int = 0
+    """Of the answer, as far as it came."""
 
 
 class Listener(Protocol):
@@ -55,14 +57,14 @@ async def observed(
 ) -> AsyncGenerator[Delta, None]:
     """Pass a stream through and report exactly one RequestFinished, however it ends."""
     start, first = clock(), None
-    last, route = Delta(), None
+    last, route, tokens = Delta(), None, 0
     outcome: Outcome = "cancelled"
     code = None
     try:
         async with aclosing(deltas):
             async for delta in deltas:
                 first = first or (clock() if delta.tokens else None)
-                last, route = delta, delta.route or route
+                last, route, tokens = delta, delta.route or route, tokens + delta.tokens
                 if delta.finish_reason is not None:
                     outcome = "cancelled" if delta.finish_reason == "cancelled" else "done"
                 yield delta
@@ -83,6 +85,7 @@ async def observed(
             route=route,
             error_code=code,
             tenant=tenant,
+            tokens=tokens,
         )
         for listener in listeners:
             listener(event)

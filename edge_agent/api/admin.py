@@ -106,10 +106,17 @@ def _status(daemon: Daemon) -> dict[str, Any]:
             "quarantined": runtime.quarantined,
         },
         "predictions": daemon.experience.accuracy(),
+        "spent": _spent(daemon),
         "link": link,
         "cache": None if daemon.cache is None else daemon.cache.stats(),
         "policy": _policy(daemon.policy.current, daemon.policy.failures),
     }
+
+
+def _spent(daemon: Daemon) -> dict[str, Any] | None:
+    """None while the policy has no prices."""
+    price = daemon.policy.policy.price
+    return None if price is None else {"currency": price.currency, **daemon.experience.spending.stats()}
 
 
 def _policy(snapshot: Snapshot, failures: int) -> dict[str, Any]:

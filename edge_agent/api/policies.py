@@ -254,6 +254,7 @@ def _decision(number: int, record: Recorded) -> dict[str, Any]:
         "refused": record.refused,
         "judged": None if record.judged is None else record.judged.said,
         "policy": record.policy,
+        "currency": record.price and record.price.currency,
         "shadow": None if record.shadow is None else record.shadow.target or record.shadow.refused,
         **dataclasses.asdict(outcome),
     }

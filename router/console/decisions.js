@@ -1,7 +1,7 @@
 // Decisions as they are made, newest first.
 
 import { get } from "./api.js";
-import { chip, clock, h, ms, number, table } from "./dom.js";
+import { chip, clock, h, money, ms, number, table } from "./dom.js";
 
 const KEPT = 500;
 
@@ -9,7 +9,7 @@ export async function decisions(page, { every }) {
   let last = 0;
   const rows = [];
   const filter = h("input", { type: "search", class: "grow", placeholder: "Filter: a reason, a model, edge, cloud …", "aria-label": "Filter", oninput: show });
-  const body = table(["time", "target", "why", "model", "prompt", "answer", "first token", "whole", "ended", "shadow", "policy"], []);
+  const body = table(["time", "target", "why", "model", "prompt", "answer", "first token", "whole", "cost", "ended", "shadow", "policy"], []);
   const empty = h("p", { class: "faint" }, "Nothing yet. Decisions appear here when their requests have ended.");
   page.append(h("div", { class: "row" }, filter), empty, body);
 
@@ -40,6 +40,7 @@ function row(one) {
     h("td", { class: "number" }, number(one.completion_tokens)),
     h("td", { class: "number" }, ms(one.first_token_s)),
     h("td", { class: "number" }, ms(one.total_s)),
+    h("td", { class: "number" }, money(one.cost, one.currency)),
     h("td", {}, one.refused || one.ending),
     h("td", {}, one.shadow ?? "–"),
     h("td", {}, h("code", {}, one.policy)),

@@ -24,6 +24,9 @@ export const ms = (seconds) => (seconds == null ? "–" : seconds < 10 ? `${Math
 
 export const number = (value, digits = 0) => (value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits }));
 
+export const money = (amount, currency) =>
+  amount == null ? "–" : `${amount.toLocaleString("en", amount && amount < 1 ? { maximumSignificantDigits: 3 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })} ${currency}`;
+
 export const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
 
 export const moment = (at) => new Date(at * 1000).toLocaleString("en-GB");

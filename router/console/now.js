@@ -1,7 +1,7 @@
 // Both sides, the traffic and the caches, as they are.
 
 import { get } from "./api.js";
-import { card, h, ms, number } from "./dom.js";
+import { card, h, money, ms, number } from "./dom.js";
 import { shares } from "./charts.js";
 
 export async function now(page, { every }) {
@@ -9,7 +9,7 @@ export async function now(page, { every }) {
   page.append(cards);
   await every(2, async () => {
     const status = await get("/admin/status");
-    cards.replaceChildren(edge(status), cloud(status), traffic(status), inForce(status), ...caches(status));
+    cards.replaceChildren(edge(status), cloud(status), traffic(status), inForce(status), ...spending(status), ...caches(status));
   });
 }
 
@@ -46,6 +46,12 @@ function traffic({ routes, failovers, uptime_s }) {
 
 function inForce({ policy }) {
   return card("Policy", null, { name: policy.name, mode: policy.mode, rules: number(policy.rules.length), "rejected files": number(policy.reload_failures) });
+}
+
+function spending({ spent }) {
+  if (!spent) return [];
+  const tenants = Object.entries(spent.tenants).filter(([name]) => name).map(([name, amount]) => [`by ${name}`, money(amount, spent.currency)]);
+  return [card("Cloud's cost", null, { today: money(spent.today, spent.currency), "of that, set aside": money(spent.set_aside, spent.currency), ...Object.fromEntries(tenants) })];
 }
 
 function caches({ cache }) {

@@ -11,6 +11,7 @@ from router.conditions import Range, When
 from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
 from router.facts import FACTS
 from router.features import NO_CLOUD, VIRTUAL_MODELS, DeviceReading, LinkReading, RequestFeatures
+from router.money import Budgets, Prices, Tariff
 from router.policy import Policy, PrivacyRules, Rule
 from router.predict import Prediction, Predictions
 from router.privacy.inspect import Privacy
@@ -39,10 +40,12 @@ def long(prompt_tokens: int, **fields) -> RequestFeatures:
     return replace(ASK, prompt_tokens=prompt_tokens, **fields)
 
 
+PRICES = Prices(cloud=Tariff(input_per_million=1.0, output_per_million=2.0, currency="EUR"))
 PREFER_EDGE = policy("prefer_edge")
 PREFER_CLOUD = policy("prefer_cloud")
 ONLY_EDGE = policy("only_edge")
 ONLY_CLOUD = policy("only_cloud")
+POOR = policy("prefer_cloud", prices=PRICES, budgets=Budgets(day=0.0))
 CLOUD_OR_ERROR = policy("prefer_cloud", fallback="none")
 PRIVATE = replace(ASK, label="edge_only")
 MAIL = replace(ASK, privacy=Privacy(("email",)))
@@ -119,6 +122,7 @@ DECISIONS = {
     "edge full, by rule": (ASK, policy("prefer_cloud", rule("edge")), FULL, UP, "cloud", "edge", "edge_queue_full", "edge queue full (4 of 4)"),
     "edge full, slow link": (ASK, PREFER_EDGE, FULL, SLOW, "cloud", "edge", "edge_queue_full", "edge queue full (4 of 4)"),
     "edge broken": (ASK, PREFER_EDGE, GONE, UP, "cloud", None, "edge_unavailable", "the edge model is not available"),
+    "no money": (ASK, POOR, IDLE, UP, "edge", None, "budget", "budget: 0.00 of 0.00 EUR spent today, this may cost 0.0002"),
     "cloud down": (ASK, PREFER_CLOUD, IDLE, DOWN, "edge", None, "cloud_disconnected", "cloud is not connected"),
     "cloud down, by rule": (ASK, policy("prefer_edge", rule("cloud")), IDLE, DOWN, "edge", None, "cloud_disconnected", "cloud is not connected"),
     "breaker open": (ASK, PREFER_CLOUD, IDLE, OPEN, "edge", None, "breaker_open", "cloud failed lately, breaker open"),

@@ -73,6 +73,27 @@ def test_what_moves_is_counted_and_its_time_estimated() -> None:
     assert "first token +300 ms on 2 of the moved" in said(comparison)
 
 
+PRICED = "prices: {cloud: {input_per_million: 1000, output_per_million: 1000, currency: EUR}}\n"
+
+
+def test_what_moves_is_told_in_money() -> None:
+    """Upwards by the length that the answer had, downwards by what was paid; without prices nothing is said."""
+    records = [record(91), record(191), record(10, replace(CLOUD, cost=0.5)), record(20, CLOUD)]
+    up = replay(records, parse("mode: prefer_cloud\n" + PRICED))
+    down = replay(records, parse("mode: prefer_edge\n" + PRICED))
+    assert up.cost_change == pytest.approx(0.3)
+    assert said(up).endswith("; +0.3 EUR")
+    assert down.cost_change == pytest.approx(-0.529)
+    assert said(down).endswith("; -0.529 EUR")
+    assert replay(records, TO_CLOUD).cost_change is None
+
+
+def test_a_tenants_decisions_are_replayed_by_its_own_part() -> None:
+    """As they would be decided."""
+    candidate = parse("mode: prefer_edge\ntenants: {lab: {mode: prefer_cloud}}")
+    assert replay([record(tenant="lab"), record()], candidate).moved == {("edge", "cloud"): 1}
+
+
 def test_without_anything_to_go_by_no_time_is_said() -> None:
     assert replay([record(200)], LONG_TO_CLOUD).first_token_change_s is None
 

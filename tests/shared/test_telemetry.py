@@ -57,6 +57,7 @@ async def test_a_finished_request_is_one_event() -> None:
         usage=USAGE,
         route=ROUTE,
         tenant="t",
+        tokens=sum(delta.tokens for delta in DONE),
     )
 
 

@@ -82,6 +82,28 @@ async def test_replay_says_what_would_change(tmp_path: Path) -> None:
     assert "question" not in str(listed)
 
 
+async def test_what_was_spent_is_shown_where_there_are_prices(tmp_path: Path) -> None:
+    """The status has the day's sum, each decision its cost, a replay the difference; without prices none of it."""
+    priced = CLOUD + "prices: {cloud: {input_per_million: 1000, output_per_million: 1000, currency: EUR}}\n"
+    async with administration(tmp_path) as edge:
+        await edge.ask()
+        before = (await edge.get("/admin/status"))["spent"]
+        version = (await edge.post("/admin/policy/propose", source=priced, why="money"))["version"]
+        await edge.post("/admin/policy/activate", version=version, why="money")
+        await edge.ask()
+        edge.daemon.journal.flush()  # type: ignore[union-attr]
+        after = (await edge.get("/admin/status"))["spent"]
+        listed = (await edge.get("/admin/decisions"))["decisions"]
+        found = await edge.post("/admin/policy/replay", source="mode: only_edge")
+
+    assert before is None
+    spent = pytest.approx(0.005)
+    assert after == {"currency": "EUR", "today": spent, "tenants": {"": spent}, "set_aside": 0}
+    assert [(one["cost"], one["currency"]) for one in listed] == [(None, None), (0.005, "EUR")]
+    assert found["cost_change"] == pytest.approx(-0.005)
+    assert found["would"].endswith("-0.005 EUR")
+
+
 async def test_the_difficulty_curve_rises(tmp_path: Path) -> None:
     """More to the cloud never keeps less of its gain."""
     async with administration(tmp_path) as edge:
