@@ -95,12 +95,23 @@ class Agent:
     def link(self) -> LinkReading:
         return self._offload.reading() if self._offload else NO_CLOUD
 
-    async def plan(self, request: ChatRequest, tenant: str = "") -> Plan:
-        """What would happen to this request now, and by which policy. Runs nothing, raises nothing for a refusal."""
+    async def plan(self, request: ChatRequest, caller: Caller = ANYONE) -> Plan:
+        """What would happen to this request now, and by which policy. Runs nothing, raises nothing for a refusal.
+
+        Raises BadRequest for a class that the policy does not know.
+        """
+        tenant = caller.tenant
         prompt_tokens = await self.prompt_tokens(request)
         whole = self._policy(request)
         policy = whole.of(tenant)
-        features = observe(request, policy, prompt_tokens=prompt_tokens, tenant=tenant, spent=self._spent(tenant))
+        features = observe(
+            request,
+            policy,
+            prompt_tokens=prompt_tokens,
+            tenant=tenant,
+            spent=self._spent(tenant),
+            scenario=caller.scenario,
+        )
         device, link = self._device(request.model), self.link()
         record = Recorded(
             at=self._wall_clock(),
@@ -127,7 +138,7 @@ class Agent:
         return Plan(policy, decision, said)
 
     async def _answer(self, request: ChatRequest, caller: Caller) -> AsyncGenerator[Delta, None]:
-        plan = await self.plan(request, caller.tenant)
+        plan = await self.plan(request, caller)
         if self._record is not None:
             self._record(request.id, plan.record)
         if isinstance(plan.decision, CausewayError):
@@ -261,6 +272,7 @@ def _shadowed(
     if shadow is None:
         return None
     seen = observe(request, shadow, prompt_tokens=features.prompt_tokens, tenant=features.tenant, spent=features.spent)
+    seen = replace(seen, scenario=features.scenario)
     try:
         decision = decide(seen, shadow, device=device, link=link)
     except CausewayError as error:

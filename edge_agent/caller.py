@@ -5,15 +5,18 @@ from typing import Final
 
 from edge_agent.cache.control import NO_WISHES, Control
 
+CLASS_HEADER: Final = "x-causeway-class"
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`tenant` is whose key was shown; empty where clients show none. Of the choices of one call, this is
-    number `choice`."""
+    number `choice`. `scenario` is the class that was asked for, if one was."""
 
     tenant: str = ""
     cache: Control = NO_WISHES
     choice: int = 0
+    scenario: str | None = None
 
 
 ANYONE: Final = Caller()

@@ -5,8 +5,10 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from edge_agent.spending import Spending
+from router.classes import Targets
 from router.predict import Pace
 from router.records import Outcome, Recorded
 from shared.schemas import Target
@@ -25,6 +27,9 @@ class Errors:
     total_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
 
 
+MISSED: Final = float("inf")
+
+
 class Experience:
     """`decided` when a decision was made, again when more of it is known, and as a Listener when its request has ended;
     `keep` then gets the whole. All on the event loop, and at once."""
@@ -35,6 +40,7 @@ class Experience:
         self._open: dict[str, Recorded] = {}
         self._paces: dict[Target, Pace] = {"edge": Pace(), "cloud": Pace()}
         self._errors: Mapping[Target, Errors] = {"edge": Errors(), "cloud": Errors()}
+        self._waits: dict[str, deque[float]] = {}
         self.lost = 0
         """Decisions whose end nobody waited for: too many were open."""
 
@@ -66,6 +72,7 @@ class Experience:
         )
         record = replace(record, outcome=outcome)
         self.spending.ended(event.request_id, record)
+        self._waited(record)
         self._done(record)
 
     def accuracy(self) -> dict[str, dict[str, float | int | None]]:
@@ -78,6 +85,23 @@ class Experience:
             }
             for target, errors in self._errors.items()
         }
+
+    def attainment(self, classes: Mapping[str, Targets]) -> dict[str, dict[str, float | int]]:
+        """By class: the share of its latest requests whose first token came within each target, and of how many. One
+        that failed before it has missed them all."""
+        return {
+            name: {"requests": len(waits), **_within(waits, classes[name])}
+            for name, waits in self._waits.items()
+            if name in classes
+        }
+
+    def _waited(self, record: Recorded) -> None:
+        """Who left before the first token says nothing."""
+        seconds = record.outcome.first_token_s
+        if seconds is None and record.outcome.ending != "cancelled":
+            seconds = MISSED
+        if seconds is not None:
+            self._waits.setdefault(record.request.scenario.name, deque(maxlen=LATEST)).append(seconds)
 
     def _done(self, record: Recorded) -> None:
         if record.went_well:
@@ -117,6 +141,11 @@ def _cost(record: Recorded, event: RequestFinished) -> float | None:
     if event.usage is None:
         return price.of(record.request.prompt_tokens, event.tokens)
     return price.of(event.usage.prompt_tokens, event.usage.completion_tokens)
+
+
+def _within(waits: deque[float], targets: Targets) -> dict[str, float]:
+    limits = targets.model_dump()
+    return {name: round(sum(wait * 1000 <= limit for wait in waits) / len(waits), 4) for name, limit in limits.items()}
 
 
 def _median_ms(seconds: deque[float]) -> float | None:

@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+import msgspec
+
 from edge_agent.backends.base import LinkState, RemoteBackend, is_empty
 from edge_agent.originals import Originals
 from router.features import LinkReading
@@ -69,6 +71,8 @@ class Offload:
         if request.label == "edge_only":
             raise PolicyDenied("label edge_only: stays on the device", source="edge")
         request, originals = self._redacted(request, policy)
+        if request.scenario is not None:
+            request = msgspec.structs.replace(request, scenario=None)
         self._admit(policy)
         async with aclosing(self._cloud.answer(request)) as deltas:
             first = await self._first(deltas, policy)

@@ -109,6 +109,9 @@ Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 WEEKDAYS: Final[tuple[Weekday, ...]] = get_args(Weekday)
 Weekdays = Annotated[tuple[Weekday, ...], Field(max_length=7), BeforeValidator(_listed)]
 
+ClassName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+Classes = Annotated[tuple[ClassName, ...], Field(max_length=64), BeforeValidator(_listed)]
+
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Tenants = Annotated[tuple[TenantName, ...], Field(max_length=64), BeforeValidator(_listed)]
 
@@ -130,6 +133,7 @@ class When(Written):
     difficulty: Limits | None = _condition(description="learned probability that the cloud is needed, 0 to 1")
     label: Label | None = _condition(description="the request's label")
     model: Models | None = _condition(description="the requested model, virtual or real: one name or a list")
+    class_: Classes | None = _condition(alias="class", description="the request's scenario class: one name or a list")
     tenant: Tenants | None = _condition(description="whose key the client showed: one tenant or a list")
     fits_edge: bool | None = _condition(description="prompt and expected output fit the edge model's context")
     fits_cloud: bool | None = _condition(description="prompt and expected output fit the cloud model's context")
@@ -187,7 +191,7 @@ def _holds(condition: Range | tuple[str, ...] | str | bool, value: Fact) -> bool
 def samples() -> Mapping[str, tuple[Fact, ...]]:
     """Some values of each fact, by its name: what an expression is tried on."""
     texts: dict[str, tuple[Fact, ...]] = {"label": LABELS, "weekday": WEEKDAYS}
-    texts |= {"model": ("auto", "edge"), "tenant": ("", "a")}
+    texts |= {"model": ("auto", "edge"), "tenant": ("", "a"), "class": ("real_time_chat", "batch_processing")}
     kinds: dict[object, tuple[Fact, ...]] = {bool | None: (False, True)}
     return {
         fact: texts.get(fact) or kinds.get(When.model_fields[name].annotation, (0.0, 1e9))

@@ -253,6 +253,22 @@ def roomier_context(case: Case) -> Choice | None:
     return Choice(OTHER[cramped[0]], "roomier_context", (reason,))
 
 
+def scenario(case: Case) -> Choice | None:
+    """The side that is predicted to make the target of the request's class, where the one that would be chosen is
+    predicted to miss it. A prediction that is not to be had says nothing, nor does a class that was guessed."""
+    name, targets = case.request.scenario.name, case.policy.targets.get(case.request.scenario.name)
+    if targets is None or case.request.scenario.guessed:
+        return None
+    predicted = case.predictions
+    said = {"edge": predicted.edge.first_token_s, "cloud": predicted.cloud.first_token_s}
+    standing, limit = goal(case) or standing_preference(case), targets.p95_ms / 1000
+    slow, other = said[standing.target], said[OTHER[standing.target]]
+    if slow is None or other is None or slow <= limit or other > limit:
+        return None
+    reason = f"class {name}: {standing.target} first token {slow * 1000:.0f} ms > {targets.p95_ms:.0f} ms"
+    return Choice(OTHER[standing.target], "scenario", (reason, *standing.reasons))
+
+
 def goal(case: Case) -> Choice | None:
     """The learned difficulty against the threshold that achieves the administrator's goal."""
     difficulty, limit = case.request.difficulty, case.request.difficult_from
@@ -270,6 +286,7 @@ def standing_preference(case: Case) -> Choice:
 PREFERENCES: Final[tuple[Callable[[Case], Choice | None], ...]] = (
     administrator,
     roomier_context,
+    scenario,
     goal,
     standing_preference,
 )

@@ -63,6 +63,7 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "difficulty": lambda case: case.request.difficulty,
     "label": lambda case: case.request.label,
     "model": lambda case: case.request.model,
+    "class": lambda case: case.request.scenario.name,
     "tenant": lambda case: case.request.tenant,
     "fits_edge": lambda case: _fits(case, case.device.context_length),
     "fits_cloud": lambda case: _fits(case, case.link.context_length),

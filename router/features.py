@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from router.classes import UNNAMED, Class
 from router.money import NOTHING_SPENT, Spent
 from router.privacy.inspect import CLEAN, Privacy
 from shared.schemas import ChatRequest, Label
@@ -51,6 +52,8 @@ class RequestFeatures:
     """In [0, 100), evenly spread over conversations and the same for every request of one."""
     spent: Spent = NOTHING_SPENT
     """What was spent before it."""
+    scenario: Class = UNNAMED
+    """How soon its first token should come."""
 
     @property
     def answer_tokens(self) -> int:
@@ -148,6 +151,7 @@ def measure(
     tenant: str = "",
     bucket: float | None = None,
     spent: Spent = NOTHING_SPENT,
+    scenario: Class = UNNAMED,
 ) -> RequestFeatures:
     """The request's own measures, with those that others made of it; see `router.observe`."""
     text = _excerpt(request)
@@ -169,6 +173,7 @@ def measure(
         tenant=tenant,
         bucket=bucket,
         spent=spent,
+        scenario=scenario,
     )
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 from typing import Final
 
+from router.classes import class_of
 from router.difficulty import shipped_difficulty
 from router.features import RequestFeatures, measure
 from router.money import NOTHING_SPENT, Spent
@@ -16,10 +17,20 @@ BUCKETS: Final = 10_000
 
 
 def observe(
-    request: ChatRequest, policy: Policy, *, prompt_tokens: int, tenant: str = "", spent: Spent = NOTHING_SPENT
+    request: ChatRequest,
+    policy: Policy,
+    *,
+    prompt_tokens: int,
+    tenant: str = "",
+    spent: Spent = NOTHING_SPENT,
+    scenario: str | None = None,
 ) -> RequestFeatures:
     """`prompt_tokens` is the tokenizer's count of the whole templated prompt, or `estimate_tokens(request)`. Takes well
-    under a millisecond for a short prompt; the first call makes the detector or reads the difficulty's weights."""
+    under a millisecond for a short prompt; the first call makes the detector or reads the difficulty's weights.
+
+    `scenario` is the class that the caller asked for beside the request. Raises BadRequest if the policy has no class
+    of the name that was asked for.
+    """
     looked_through = policy.asks_privacy or request.label == "redact"
     difficulty, difficult_from = _difficulty(request, policy.goal) if policy.asks_difficulty else (None, None)
     return measure(
@@ -32,6 +43,7 @@ def observe(
         tenant=tenant,
         bucket=bucket(request) if policy.asks("bucket") else None,
         spent=spent,
+        scenario=class_of(request, scenario, policy.default_class, policy.targets),
     )
 
 

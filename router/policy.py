@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -16,7 +17,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from router.cascade_rules import Calibration, CascadeRules
-from router.conditions import MAP, TEXT, Condition, Range, TenantName, When, Written
+from router.classes import KNOWN, Targets
+from router.conditions import MAP, TEXT, ClassName, Condition, Range, TenantName, When, Written
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
 from router.features import EXPECTED_OUTPUT_TOKENS
 from router.money import Budgets, Price, Prices, Tariff
@@ -41,6 +43,7 @@ Mode = Literal["prefer_edge", "only_edge", "prefer_cloud", "only_cloud"]
 
 MAX_RULES: Final = 256
 MAX_TENANTS: Final = 256
+MAX_CLASSES: Final = 32
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 """Goes into reply headers, hence the narrow alphabet."""
 
@@ -170,7 +173,7 @@ class Breaker(Written):
         return self
 
 
-_OVERRIDDEN: Final = ("mode", "fallback", "goal", "cascade", "privacy")
+_OVERRIDDEN: Final = ("mode", "fallback", "goal", "cascade", "privacy", "default_class")
 
 
 class Override(Written):
@@ -184,6 +187,7 @@ class Override(Written):
     cascade: CascadeRules | None = None
     privacy: PrivacyRules | None = None
     budgets: Budgets | None = Field(None, description="those that differ")
+    default_class: ClassName | None = None
 
     def over(self, base: "Policy", **others: Any) -> "Policy":
         """`base` with these changes and `others`; raises pydantic.ValidationError if they contradict each other."""
@@ -217,6 +221,12 @@ class Policy(Written):
     privacy: PrivacyRules = PrivacyRules()
     cache: CacheRules = CacheRules()
     prices: Prices | None = Field(None, description="what answers cost; without them nothing is said of money")
+    classes: Annotated[dict[ClassName, Targets], Field(max_length=MAX_CLASSES)] = Field(
+        default_factory=dict, description="more scenario classes, or other targets of the known ones"
+    )
+    default_class: ClassName | None = Field(
+        None, description="of requests that name none; without it a class is guessed, and decides nothing"
+    )
     budgets: Budgets | None = Field(None, description="what the cloud may cost in a day; needs prices")
     expected_output_tokens: Annotated[
         int, Field(ge=1, le=MAX_OUTPUT_TOKENS, description="guessed length of an answer without max_tokens")
@@ -232,6 +242,11 @@ class Policy(Written):
         default_factory=dict, description="what differs for a tenant's requests"
     )
     shadow: Override | None = Field(None, description="decided beside the policy and recorded, never acted on")
+
+    @cached_property
+    def targets(self) -> Mapping[str, Targets]:
+        """Of all classes that a request can have."""
+        return {**KNOWN, **self.classes}
 
     @cached_property
     def price(self) -> Price | None:
@@ -281,6 +296,8 @@ class Policy(Written):
                 raise _at(("rules", number), f"never reached: rules[{number - 1}] has no conditions")
         if (aimless := _aimless(self)) is not None:
             raise _at(("budgets",), aimless)
+        if self.default_class is not None and self.default_class not in self.targets:
+            raise _at(("default_class",), f"no class {self.default_class}; there are {', '.join(self.targets)}")
         for name, override in self.tenants.items():
             _refuse_contradiction(("tenants", name), override, self)
         if self.shadow is not None:
@@ -362,7 +379,8 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         "prices": Prices,
         "budgets": Budgets,
     }
-    of_maps: dict[str, type[BaseModel]] = {"tenants": Override, "calibration": Calibration, "prices": Tariff}
+    of_maps: dict[str, type[BaseModel]] = {"tenants": Override, "calibration": Calibration}
+    of_maps |= {"prices": Tariff, "classes": Targets}
     parent: type[BaseModel] = Policy
     for before, step in zip(("", *loc), loc[:-1], strict=False):
         parent = Rule if isinstance(step, int) else of_maps.get(str(before)) or models.get(step, Range)

@@ -15,6 +15,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 class CausewayOptions(msgspec.Struct, forbid_unknown_fields=True):
     label: str = "free"
     deadline_s: float | None = None
+    scenario: str | None = msgspec.field(name="class", default=None)
 
 
 class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):

@@ -144,6 +144,7 @@ def _call(
             label=read_label(body.causeway, label),
             priority=read_tier(body.service_tier),
             deadline_s=body.causeway.deadline_s,
+            scenario=body.causeway.scenario,
         )
     except BadRequest as error:
         where = "response_format" if body.structured_outputs is None else "structured_outputs"

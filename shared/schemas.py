@@ -188,6 +188,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     label: Label = "free"
     priority: Priority = "interactive"
     deadline_s: float | None = None
+    scenario: str | None = None
+    """The class that the caller asks for: matter for the edge's policy, never sent."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.id) <= 128 or not self.id.isascii() or not self.id.isprintable():

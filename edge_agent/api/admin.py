@@ -107,6 +107,7 @@ def _status(daemon: Daemon) -> dict[str, Any]:
         },
         "predictions": daemon.experience.accuracy(),
         "spent": _spent(daemon),
+        "classes": daemon.experience.attainment(daemon.policy.policy.targets),
         "link": link,
         "cache": None if daemon.cache is None else daemon.cache.stats(),
         "policy": _policy(daemon.policy.current, daemon.policy.failures),

@@ -6,7 +6,7 @@ from typing import Protocol
 from fastapi import FastAPI
 
 from edge_agent.cache.control import parse_control
-from edge_agent.caller import Caller
+from edge_agent.caller import CLASS_HEADER, Caller
 from edge_agent.daemon import Daemon, health, model_cards
 from shared.embeddings import Embed
 from shared.errors import UnknownModel
@@ -50,7 +50,8 @@ def answers(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]
     """By a request's headers, who answers it: on every surface."""
 
     def answer_for(headers: Mapping[str, str]) -> Answer:
-        return daemon.intake.of(Caller(tenant_of(keys, headers), parse_control(headers.get("cache-control"))))
+        wishes = parse_control(headers.get("cache-control"))
+        return daemon.intake.of(Caller(tenant_of(keys, headers), wishes, scenario=headers.get(CLASS_HEADER)))
 
     return answer_for
 

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from edge_agent.agent import Agent, Plan
+from edge_agent.caller import CLASS_HEADER, Caller
 from shared.errors import CausewayError
 from shared.openai import parse_chat
 from shared.replies import error_body, error_object
@@ -19,9 +20,10 @@ PATH = "/v1/route"
 def add_route_plan(app: FastAPI, tenant_of: Callable[[Mapping[str, str]], str], agent: Agent) -> None:
     def begin(tenant: str, asked: Asked) -> Work:
         (request, *_) = parse_chat(asked.body, request_id=asked.id, label=asked.label).requests
+        caller = Caller(tenant, scenario=asked.headers.get(CLASS_HEADER))
 
         async def work(reply: Reply) -> None:
-            await reply.whole(msgspec.json.encode(plan_object(await agent.plan(request, tenant))))
+            await reply.whole(msgspec.json.encode(plan_object(await agent.plan(request, caller))))
 
         return work
 

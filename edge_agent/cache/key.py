@@ -12,7 +12,7 @@ from shared.schemas import ChatRequest
 
 SCHEME: Final = 1
 """Counted up when the same fields come to mean another answer: whatever was kept before is then never found."""
-NEUTRAL: Final = frozenset({"id", "priority", "deadline_s"})
+NEUTRAL: Final = frozenset({"id", "priority", "deadline_s", "scenario"})
 """Fields of a request that say when it is answered, not how."""
 KEYED: Final = tuple(name for name in ChatRequest.__struct_fields__ if name not in NEUTRAL)
 TENANT_BYTES, DIGEST_BYTES = 16, 32

@@ -9,7 +9,7 @@ export async function now(page, { every }) {
   page.append(cards);
   await every(2, async () => {
     const status = await get("/admin/status");
-    cards.replaceChildren(edge(status), cloud(status), traffic(status), inForce(status), ...spending(status), ...caches(status));
+    cards.replaceChildren(edge(status), cloud(status), traffic(status), inForce(status), ...spending(status), ...classes(status), ...caches(status));
   });
 }
 
@@ -52,6 +52,14 @@ function spending({ spent }) {
   if (!spent) return [];
   const tenants = Object.entries(spent.tenants).filter(([name]) => name).map(([name, amount]) => [`by ${name}`, money(amount, spent.currency)]);
   return [card("Cloud's cost", null, { today: money(spent.today, spent.currency), "of that, set aside": money(spent.set_aside, spent.currency), ...Object.fromEntries(tenants) })];
+}
+
+function classes({ classes }) {
+  const rows = Object.entries(classes).map(([name, { requests, p50_ms, p95_ms, p99_ms }]) => {
+    const shares = [p50_ms, p95_ms, p99_ms].map((share) => number(100 * share));
+    return [name.replaceAll("_", " "), `${shares.join(" / ")} % of ${number(requests)}`];
+  });
+  return rows.length ? [card("First token within p50 / p95 / p99", null, Object.fromEntries(rows))] : [];
 }
 
 function caches({ cache }) {

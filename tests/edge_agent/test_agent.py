@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.agent import Agent
+from edge_agent.caller import Caller
 from edge_agent.device import Device
 from edge_agent.offload import Offload
 from router.policy import Policy, parse
@@ -466,7 +467,7 @@ async def test_a_tenants_requests_follow_its_own_part_of_the_policy() -> None:
     """The plan names the whole policy's version, and what the shadow would have done is recorded, not done."""
     edge = Edge(policy=PREFER_CLOUD + "tenants: {lab: {mode: only_edge}}\nshadow: {mode: prefer_edge}")
 
-    lab, other = await edge.agent.plan(ask(), "lab"), await edge.agent.plan(ask())
+    lab, other = await edge.agent.plan(ask(), Caller("lab")), await edge.agent.plan(ask())
 
     assert (lab.record.target, other.record.target) == ("edge", "cloud")
     assert (lab.record.request.tenant, other.record.request.tenant) == ("lab", "")

@@ -5,6 +5,7 @@ from edge_sides import Turns, ask, collect, daemon_over, policy_file
 from fakes import ScriptedAnswer
 
 from edge_agent.experience import MAX_OPEN, Experience
+from router.classes import KNOWN
 from router.features import NO_CLOUD, DeviceReading, RequestFeatures
 from router.predict import Prediction, Predictions
 from router.records import Recorded
@@ -115,6 +116,27 @@ def test_predictions_are_held_against_what_happened() -> None:
 
     assert experience.accuracy()["edge"] == {"first_token_error_ms": 200.0, "total_error_ms": 200.0, "answers": 2}
     assert experience.accuracy()["cloud"] == {"first_token_error_ms": None, "total_error_ms": None, "answers": 0}
+
+
+def test_targets_are_held_against_what_happened() -> None:
+    """By class: a first token at a target has made it, a failure has missed all, who left first says nothing; and only
+    classes that the policy has are shown."""
+    experience = Experience()
+    waits: list[dict[str, object]] = [
+        {"first_token_s": 0.2},
+        {"first_token_s": 0.5},
+        {"first_token_s": 0.9},
+        {"first_token_s": None, "outcome": "error", "error_code": "upstream_failed"},
+        {"first_token_s": None, "outcome": "cancelled"},
+    ]
+    for number, how in enumerate(waits):
+        experience.decided(str(number), record())
+        experience(finished(str(number), **how))
+
+    assert experience.attainment(KNOWN) == {
+        "real_time_chat": {"requests": 4, "p50_ms": 0.25, "p95_ms": 0.5, "p99_ms": 0.75}
+    }
+    assert experience.attainment({}) == {}
 
 
 def test_what_never_ends_is_bounded() -> None:

@@ -59,6 +59,16 @@ async def test_label_is_checked_again_at_the_door() -> None:
     assert not door.remote.seen
 
 
+async def test_the_class_is_the_edges_own() -> None:
+    """The cloud, which knows no classes, gets the request without it."""
+    door = Door(THERE)
+    request = ask()
+
+    await door.send(msgspec.structs.replace(request, scenario="voice"))
+
+    assert door.remote.seen == [request]
+
+
 async def test_redacted_on_the_way_out_and_restored_on_the_way_back() -> None:
     """What is labelled redact reaches the backend with placeholders and as free; its answer, cut inside a placeholder,
     reaches the client with the originals."""

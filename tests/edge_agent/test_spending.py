@@ -17,7 +17,7 @@ from edge_agent.daemon import Daemon, put_together
 from edge_agent.experience import MAX_OPEN, Experience
 from edge_agent.journal import Journal
 from edge_agent.spending import Spending
-from router.confidence import Judged
+from router.confidence import Heard, Judged
 from router.decide import decide
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.money import Price
@@ -237,7 +237,7 @@ def test_a_cascade_may_cost_too() -> None:
         experience = Experience(None, at_noon())
         trial = replace(record(), target="edge", escalates=True)
         experience.decided("r", trial)
-        experience.decided("r", replace(trial, judged=Judged(p=0.1, threshold=0.6)))
+        experience.decided("r", replace(trial, judged=Judged(heard=Heard(), p=0.1, threshold=0.6)))
         assert experience.spending.spent("").day == pytest.approx(0.1)
         experience(event(served, usage=USED))
         assert experience.spending.spent("").day == pytest.approx(cost)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router.decide
+from router.classes import Class
 from router.conditions import Range, When
 from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
 from router.facts import FACTS
@@ -122,6 +123,7 @@ DECISIONS = {
     "edge full, by rule": (ASK, policy("prefer_cloud", rule("edge")), FULL, UP, "cloud", "edge", "edge_queue_full", "edge queue full (4 of 4)"),
     "edge full, slow link": (ASK, PREFER_EDGE, FULL, SLOW, "cloud", "edge", "edge_queue_full", "edge queue full (4 of 4)"),
     "edge broken": (ASK, PREFER_EDGE, GONE, UP, "cloud", None, "edge_unavailable", "the edge model is not available"),
+    "too slow here": (replace(ASK, scenario=Class("real_time_chat", guessed=False)), PREFER_EDGE, replace(IDLE, prefill_tokens_per_s=100.0), replace(UP, first_token_s=0.3), "cloud", "edge", "scenario", "class real_time_chat: edge first token 1000 ms > 500 ms"),
     "no money": (ASK, POOR, IDLE, UP, "edge", None, "budget", "budget: 0.00 of 0.00 EUR spent today, this may cost 0.0002"),
     "cloud down": (ASK, PREFER_CLOUD, IDLE, DOWN, "edge", None, "cloud_disconnected", "cloud is not connected"),
     "cloud down, by rule": (ASK, policy("prefer_edge", rule("cloud")), IDLE, DOWN, "edge", None, "cloud_disconnected", "cloud is not connected"),
@@ -216,9 +218,9 @@ def test_each_rule_of_the_tables_decides_somewhere():
     """The cases above reach every named rule of the three tables."""
     decided = {case[6] for case in DECISIONS.values()}
     named = {rule.__name__ for table in (BARS, *OUTAGES.values()) for rule in table} - {"firm_rule"}
-    assert len(PREFERENCES) == 4
+    assert len(PREFERENCES) == 5
     assert named <= decided
-    assert {"rule r", "roomier_context", "goal", "mode"} <= decided
+    assert {"rule r", "roomier_context", "scenario", "goal", "mode"} <= decided
 
 
 def test_the_readme_names_every_rule_and_condition():

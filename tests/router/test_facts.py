@@ -54,6 +54,7 @@ def test_every_condition_has_its_fact():
         ("json", True, True),
         ("tools", False, False),
         ("label", "free", "free"),
+        ("class", "real_time_chat", "real_time_chat"),
         ("model", "auto", "auto"),
         ("fits_edge", False, False),
         ("fits_cloud", True, None),

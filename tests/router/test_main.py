@@ -1,11 +1,12 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from router.__main__ import app
-from router.policy import json_schema
+from router.policy import json_schema, parse
 
 DEPLOYED = Path(__file__).parents[2] / "deploy" / "policy.yaml"
 
@@ -19,6 +20,13 @@ def test_check_accepts():
     result = run("check", DEPLOYED)
     assert result.exit_code == 0
     assert result.stdout.startswith(f"{DEPLOYED}: valid; mode prefer_edge, fallback edge, 9 rules")
+
+
+def test_what_the_deployed_policy_leaves_out_can_be_put_in():
+    """Its lines that are commented out are valid where they stand."""
+    shown = "cascade", "classes", "default_class", "prices", "budgets"
+    text = re.sub(rf"^# (?=({'|'.join(shown)}|  \w+):)", "", DEPLOYED.read_text(), flags=re.MULTILINE)
+    assert parse(text).model_fields_set >= {*shown}
 
 
 def test_check_shows_each_mistake_with_its_line(tmp_path):

@@ -153,6 +153,7 @@ def _request(fields: PromptBody, sampling: Sampling, request_id: str, label: str
             parallel_tool_calls=parallel if tools else True,
             label=read_label(fields.causeway, label),
             deadline_s=fields.causeway.deadline_s,
+            scenario=fields.causeway.scenario,
         )
     except BadRequest as error:
         error.param = RENAMED.get(error.param or "", error.param)

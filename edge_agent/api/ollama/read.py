@@ -201,6 +201,7 @@ def _call(fields: CommonBody, request_id: str, label: str | None, **content: Any
             grammar=_grammar(fields.format),
             label=read_label(fields.causeway, label),
             deadline_s=fields.causeway.deadline_s,
+            scenario=fields.causeway.scenario,
             **content,
         )
     except BadRequest as error:

@@ -144,6 +144,7 @@ def parse_response(
             label=turn.label,
             priority=read_tier(fields.service_tier),
             deadline_s=fields.causeway.deadline_s,
+            scenario=fields.causeway.scenario,
         )
     except BadRequest as error:
         error.param = RENAMED.get(error.param or "", error.param)

@@ -42,6 +42,25 @@ async def test_a_plan_says_who_would_answer_why_and_by_which_policy(tmp_path: Pa
     assert not remote.seen
 
 
+async def test_a_class_is_asked_for_in_a_header(tmp_path: Path) -> None:
+    """Plans and answers know it; one that there is not is the caller's mistake, and is named; the status counts."""
+    body = {"model": "auto", "messages": HELLO}
+    async with edge(tmp_path, Local(EchoAnswer()), policy=POLICY) as it, it.http() as http:
+        asked = {"x-causeway-class": "batch_processing"}
+        seen = (await http.post(PATH, json=body, headers=asked)).json()["seen"]["request"]["scenario"]
+        answered = await http.post("/v1/chat/completions", json=body, headers=asked)
+        wrong = [
+            await http.post(path, json=body, headers={"x-causeway-class": "zap"})
+            for path in (PATH, "/v1/chat/completions")
+        ]
+        made = it.daemon.experience.attainment(it.daemon.policy.policy.targets)
+
+    assert seen == {"name": "batch_processing", "guessed": False}
+    assert answered.status_code == 200
+    assert [(reply.status_code, reply.json()["error"]["param"]) for reply in wrong] == [(400, "x-causeway-class")] * 2
+    assert made == {"batch_processing": {"requests": 1, "p50_ms": 1, "p95_ms": 1, "p99_ms": 1}}
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [

@@ -62,6 +62,7 @@ OTHER_REQUEST: dict[str, Any] = {
     "label": "redact",
     "priority": "batch",
     "deadline_s": 5.0,
+    "scenario": "voice",
 }
 OTHER_SCOPE: dict[str, Any] = {
     "tenant": "ann",
