@@ -18,6 +18,8 @@ from shared.errors import BadRequest
 from shared.schemas import Delta, TokenLogprob, TopLogprob
 
 SIGNALS: Final = ("mean_logprob", "least_logprob", "margin", "entropy")
+_SIGNS: Final = np.array([1, 1, 1, -1])
+"""Which way each one says that the model is sure."""
 MAX_ROWS: Final = 100_000
 MAX_LINE_BYTES: Final = 16 << 20
 LEAST_ROWS: Final = 50
@@ -138,24 +140,35 @@ def _fitted(model: str, digest: str, pairs: Sequence[tuple[Heard, bool]]) -> Fit
 
 
 def _fit(inputs: Floats, right: Floats, digest: str) -> Calibration:
-    """inputs (N, signals), right (N,) of 0 and 1; both occur."""
+    """inputs (N, signals), right (N,) of 0 and 1; both occur. A surer answer is never thought worse of: a signal whose
+    slope comes out with the wrong sign, as happens to signals that say much the same, is left out."""
     mean, spread = inputs.mean(0), inputs.std(0)
     spread[spread < 1e-9] = 1.0
-    standard = np.column_stack([np.ones(len(inputs)), (inputs - mean) / spread])
-    weights = np.zeros(standard.shape[1])
-    ridge = np.full(len(weights), _RIDGE)
+    standard, used = (inputs - mean) / spread, np.arange(len(SIGNALS))
+    weights = _regress(standard, right)
+    while len(used) and (wrong := weights[1:] * _SIGNS[used]).min() < 0:
+        used = np.delete(used, int(wrong.argmin()))
+        weights = _regress(standard[:, used], right)
+    slopes = np.zeros(len(SIGNALS))
+    slopes[used] = weights[1:] / spread[used]
+    bias = float(weights[0] - slopes @ mean)
+    return Calibration(digest=digest, bias=bias, **dict(zip(SIGNALS, map(float, slopes), strict=True)))
+
+
+def _regress(standard: Floats, right: Floats) -> Floats:
+    """standard (N, K) -> intercept and slopes (K + 1,)."""
+    inputs = np.column_stack([np.ones(len(standard)), standard])
+    weights, ridge = np.zeros(inputs.shape[1]), np.full(inputs.shape[1], _RIDGE)
     ridge[0] = 1e-6
     for _ in range(_STEPS):
-        p = 1 / (1 + np.exp(-np.clip(standard @ weights, -30, 30)))
-        gradient = standard.T @ (right - p) - ridge * weights
-        curvature = (standard.T * np.maximum(p * (1 - p), 1e-6)) @ standard + np.diag(ridge)
+        p = 1 / (1 + np.exp(-np.clip(inputs @ weights, -30, 30)))
+        gradient = inputs.T @ (right - p) - ridge * weights
+        curvature = (inputs.T * np.maximum(p * (1 - p), 1e-6)) @ inputs + np.diag(ridge)
         step = np.linalg.solve(curvature, gradient)
         weights += np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-9:
             break
-    slopes = weights[1:] / spread
-    bias = float(weights[0] - slopes @ mean)
-    return Calibration(digest=digest, bias=bias, **dict(zip(SIGNALS, map(float, slopes), strict=True)))
+    return weights
 
 
 def _ranked(said: Floats, right: Floats) -> float:

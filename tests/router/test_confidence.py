@@ -234,6 +234,17 @@ def test_a_curve_is_found_again() -> None:
     assert fitted.ranked > 0.7
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_surer_answer_is_never_thought_worse_of(seed: int) -> None:
+    """Signals say much the same, and few answers: no slope comes out the wrong way round, where extremes of one would
+    make up for all others."""
+    (fitted,) = calibrate(table(60, seed), CascadeRules(threshold=0.5, hold="answer"))
+
+    curve = fitted.calibration
+    assert min(curve.mean_logprob, curve.least_logprob, curve.margin, -curve.entropy) >= 0
+    assert curve.mean_logprob + curve.least_logprob + curve.margin > 0
+
+
 def test_what_it_prints_is_what_the_policy_takes(tmp_path: Path) -> None:
     """The section goes into a policy as it is, comments and all."""
     rows = [
