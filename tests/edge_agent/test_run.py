@@ -151,6 +151,7 @@ async def test_options_reach_the_local_model(tmp_path: Path, llama: type[Llama])
         "prefix_bytes": 1 << 20,
         "saved": tmp_path / "state" / "prefixes",
         "saved_bytes": 2 << 20,
+        "context_shift": False,
     }
 
 

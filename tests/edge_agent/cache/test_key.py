@@ -70,6 +70,7 @@ OTHER_SCOPE: dict[str, Any] = {
     "target": "cloud",
     "model": "large",
     "weights": "def",
+    "runtime": "context_shift",
     "context_length": 4096,
     "redaction": "p1",
     "choice": 1,
