@@ -109,7 +109,7 @@ def on_hangup(call: Callable[[], Awaitable[object]]) -> Iterator[None]:
     if not hasattr(signal, "SIGHUP"):  # Windows
         yield
         return
-    loop, in_terminal = asyncio.get_running_loop(), os.isatty(0)
+    loop, in_terminal, before = asyncio.get_running_loop(), os.isatty(0), signal.getsignal(signal.SIGHUP)
     calls: set[asyncio.Task[None]] = set()
 
     def heard() -> None:
@@ -125,6 +125,7 @@ def on_hangup(call: Callable[[], Awaitable[object]]) -> Iterator[None]:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
 
 
 async def _tried(call: Callable[[], Awaitable[object]]) -> None:

@@ -212,7 +212,7 @@ async def _body(request: Request, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         raise BadRequest(what, param=where.rstrip("`") or None, source="edge") from None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadRequest("the body is not JSON", source="edge") from None
 
 

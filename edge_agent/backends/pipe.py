@@ -174,7 +174,7 @@ class Frames(Generic[T]):
     def _decode(self, body: bytes) -> T:
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, CausewayError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, CausewayError, RecursionError) as error:
             # Its text may quote what was sent.
             raise BadFrame(f"not a frame: {type(error).__name__}") from None
 

@@ -151,6 +151,7 @@ async def test_each_role_may_do_what_is_its_own(tmp_path: Path) -> None:
     [
         ("check", b"{", 400, None),
         ("check", b"[]", 400, None),
+        ("check", b'{"source": "\xff"}', 400, None),
         ("check", b"{}", 400, None),
         ("check", b'{"source": 5}', 400, "source"),
         ("check", b'{"source": "", "more": 1}', 400, None),

@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.backends.pipe import (
@@ -65,6 +65,7 @@ def test_frames_survive_any_cut(size: int, to: bool) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
+@example(noise=b"\x91\xa2\x00\x80", to=False)  # text that is not UTF-8
 def test_noise_is_refused(noise: bytes, to: bool) -> None:
     """A body that is no frame is BadFrame, never another error and never a frame of the other direction."""
     frames = to_model() if to else from_model()
