@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from edge_agent.cache_commands import cache_app
-from edge_agent.model_commands import add_model_commands
+from edge_agent.models.commands import add_model_commands
 
 app = typer.Typer(
     no_args_is_help=True,

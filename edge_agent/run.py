@@ -23,8 +23,8 @@ from edge_agent.daemon import put_together
 from edge_agent.embedder import Embedder
 from edge_agent.instance import Held, hold
 from edge_agent.journal import Journal
-from edge_agent.library import Library, Rules
-from edge_agent.memory import machine_memory
+from edge_agent.models.library import Library, Rules
+from edge_agent.models.memory import machine_memory
 from edge_agent.policies.center import PolicyCenter
 from edge_agent.policies.history import History
 from edge_agent.policies.signer import device_signer

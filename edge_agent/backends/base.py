@@ -101,7 +101,7 @@ class LocalModels(LocalBackend, Protocol):
 
     @property
     def store(self) -> Path:
-        """Where models lie; see `edge_agent.models`."""
+        """Where models lie; see `edge_agent.models.installed`."""
 
     def loaded(self) -> list[Loaded]:
         """What is in memory, by name."""

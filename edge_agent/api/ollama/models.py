@@ -16,10 +16,10 @@ from starlette.routing import Route
 
 from edge_agent.api.ollama.write import error_body
 from edge_agent.backends.base import Loaded, LocalModels
-from edge_agent.models import ModelDetails, installed
-from edge_agent.models import show as details_of
-from edge_agent.pull import Step, pull
-from edge_agent.sources import Local, wanted
+from edge_agent.models.installed import ModelDetails, installed
+from edge_agent.models.installed import show as details_of
+from edge_agent.models.pull import Step, pull
+from edge_agent.models.sources import Local, wanted
 from shared.errors import BadRequest, Cancelled, Forbidden, UnknownModel
 from shared.models import Manifest
 from shared.openai import json_object, read_fields

@@ -13,8 +13,8 @@ from fakes import EchoAnswer
 from model_origin import TEMPLATE, Origin, model_bytes, serving
 
 from edge_agent.backends.base import Loaded
-from edge_agent.models import installed
-from edge_agent.pull import pull
+from edge_agent.models.installed import installed
+from edge_agent.models.pull import pull
 from shared.errors import UnknownModel
 
 MODEL = model_bytes()

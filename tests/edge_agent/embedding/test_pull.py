@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from model_origin import Origin, model_bytes, serving
 
-from edge_agent import sources
-from edge_agent.catalogue import Entry
 from edge_agent.embedder import Embedder
 from edge_agent.embedding.source import SOURCE_FILES, WEIGHTS
 from edge_agent.errors import ChecksumMismatch, PullFailed
-from edge_agent.models import Installed, installed, remove, show
-from edge_agent.pull import Step, pull
+from edge_agent.models import sources
+from edge_agent.models.catalogue import Entry
+from edge_agent.models.installed import Installed, installed, remove, show
+from edge_agent.models.pull import Step, pull
 from shared.errors import BadRequest, CausewayError, UnknownModel
 from shared.gguf import ModelInvalid
 from shared.models import resolve, verify

@@ -24,5 +24,5 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 @functools.cache
 def catalogue() -> Mapping[str, Entry]:
     """By name, smallest first."""
-    text = files("edge_agent").joinpath("catalogue.toml").read_text("utf-8")
+    text = files("edge_agent.models").joinpath("catalogue.toml").read_text("utf-8")
     return MappingProxyType(msgspec.convert(tomllib.loads(text), dict[str, Entry]))

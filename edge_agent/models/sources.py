@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from edge_agent.catalogue import Entry, catalogue
+from edge_agent.models.catalogue import Entry, catalogue
 from shared.errors import BadRequest, UnknownModel
 from shared.models import Kind, valid_name
 

@@ -14,10 +14,10 @@ from model_origin import model_bytes
 
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.errors import ModelBusy, NotEnoughMemory
-from edge_agent.library import Library, Rules
-from edge_agent.memory import OVERHEAD_BYTES, Memory, machine_memory
-from edge_agent.models import remove
-from edge_agent.pull import pull
+from edge_agent.models.installed import remove
+from edge_agent.models.library import Library, Rules
+from edge_agent.models.memory import OVERHEAD_BYTES, Memory, machine_memory
+from edge_agent.models.pull import pull
 from shared.errors import CausewayError, Overloaded, UnknownModel, UpstreamFailed
 from shared.gguf import ModelInvalid
 from shared.models import stored_file

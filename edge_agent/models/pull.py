@@ -18,15 +18,15 @@ from urllib.parse import urljoin
 import httpx
 import msgspec
 
-from edge_agent.download import CHUNK, TIMEOUT, Download, check_space, read, typed_os_errors
 from edge_agent.embedding.source import MAX_JSON_BYTES, SOURCE_FILES, WEIGHTS
 from edge_agent.errors import ChecksumMismatch
 from edge_agent.facts import Facts, facts_of
-from edge_agent.hub import choose, credential, endpoint, file_url
-from edge_agent.models import Installed, described
-from edge_agent.package import from_package
-from edge_agent.partial import claimed
-from edge_agent.sources import Hub, Local, Packaged, Wanted, name_of, wanted
+from edge_agent.models.download import CHUNK, TIMEOUT, Download, check_space, read, typed_os_errors
+from edge_agent.models.hub import choose, credential, endpoint, file_url
+from edge_agent.models.installed import Installed, described
+from edge_agent.models.package import from_package
+from edge_agent.models.partial import claimed
+from edge_agent.models.sources import Hub, Local, Packaged, Wanted, name_of, wanted
 from router.features import VIRTUAL_MODELS
 from shared.errors import BadRequest, CausewayError
 from shared.gguf import ModelInvalid

@@ -7,13 +7,13 @@ import pytest
 from gguf import LlamaFileType
 from model_origin import TEMPLATE, model_bytes
 
-from edge_agent.catalogue import catalogue
 from edge_agent.errors import ModelBusy
 from edge_agent.facts import QUANTIZATIONS, facts_of
 from edge_agent.locks import held, is_held
-from edge_agent.models import installed, remove, show
-from edge_agent.pull import pull
-from edge_agent.sources import check_url, name_of, source_of
+from edge_agent.models.catalogue import catalogue
+from edge_agent.models.installed import installed, remove, show
+from edge_agent.models.pull import pull
+from edge_agent.models.sources import check_url, name_of, source_of
 from shared.errors import BadRequest, UnknownModel
 from shared.gguf import ModelInvalid
 from shared.models import valid_name

@@ -6,9 +6,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from edge_agent.download import typed_os_errors
 from edge_agent.errors import ModelBusy
 from edge_agent.locks import held
+from edge_agent.models.download import typed_os_errors
 from shared.errors import CausewayError
 
 PARTIAL: Final = ".partial"

@@ -19,9 +19,9 @@ from hypothesis.stateful import (
 )
 from model_origin import model_bytes
 
-from edge_agent.library import Library, Rules
-from edge_agent.memory import OVERHEAD_BYTES, Memory
-from edge_agent.pull import pull
+from edge_agent.models.library import Library, Rules
+from edge_agent.models.memory import OVERHEAD_BYTES, Memory
+from edge_agent.models.pull import pull
 from shared.errors import CausewayError, Overloaded, UpstreamFailed
 from shared.models import stored_file
 from shared.schemas import ChatRequest, Delta

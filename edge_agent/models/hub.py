@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from edge_agent.errors import SourceMissing
-from edge_agent.sources import Hub, check_url
+from edge_agent.models.sources import Hub, check_url
 from shared.errors import BadRequest
 
 LISTING_BYTES: Final = 8 << 20

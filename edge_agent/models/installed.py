@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.download import typed_os_errors
 from edge_agent.errors import ModelBusy
 from edge_agent.facts import Facts, facts_of
 from edge_agent.locks import is_held
-from edge_agent.partial import discard, partial_of
+from edge_agent.models.download import typed_os_errors
+from edge_agent.models.partial import discard, partial_of
 from shared.errors import CausewayError, UnknownModel
 from shared.gguf import ModelInvalid
 from shared.models import Manifest, manifest_of, placed_file, stored_file

@@ -25,8 +25,8 @@ from edge_agent.backends.base import LoadableBackend, Loaded, LocalReading
 from edge_agent.errors import NotEnoughMemory
 from edge_agent.facts import facts_of
 from edge_agent.locks import held
-from edge_agent.memory import NOTHING, Memory, Need, need
-from edge_agent.shelf import Entry, Shelf
+from edge_agent.models.memory import NOTHING, Memory, Need, need
+from edge_agent.models.shelf import Entry, Shelf
 from shared.errors import CausewayError, Overloaded, UnknownModel, UpstreamFailed
 from shared.models import verify
 from shared.schemas import ChatRequest, Delta, ModelCard

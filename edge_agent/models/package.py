@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
-from edge_agent.download import CHUNK, MAX_BYTES, Told, check_space, typed_os_errors
 from edge_agent.embedding.source import MAX_JSON_BYTES
 from edge_agent.errors import ChecksumMismatch, DiskFull, PullFailed, SourceMissing
-from edge_agent.sources import Packaged
+from edge_agent.models.download import CHUNK, MAX_BYTES, Told, check_space, typed_os_errors
+from edge_agent.models.sources import Packaged
 from shared.errors import CausewayError, Unreachable
 
 PIP_S: Final = 3600.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from edge_agent.pull import Told
+    from edge_agent.models.pull import Told
     from edge_agent.running import Running
 
 Name = Annotated[str, typer.Argument(help="As `list` shows it.")]
@@ -43,7 +43,7 @@ def pull(
     ] = False,
 ) -> None:
     """Put a model into the store, checked; instant if it is there. A broken pull goes on where it broke."""
-    from edge_agent.pull import pull as pull_model
+    from edge_agent.models.pull import pull as pull_model
 
     with _progress() as told:
         found = pull_model(source, store=_store(), told=told, name=name, sha256=sha256, again=again)
@@ -52,7 +52,7 @@ def pull(
 
 def catalogue() -> None:
     """The models that `pull` knows by name: name, size, licence."""
-    from edge_agent.catalogue import catalogue as entries
+    from edge_agent.models.catalogue import catalogue as entries
 
     for name, entry in entries().items():
         typer.echo(f"{name:<20} {entry.size / 1e6:>8.0f} MB  {entry.licence:<30} {entry.source.split('://')[0]}")
@@ -60,7 +60,7 @@ def catalogue() -> None:
 
 def list_models() -> None:
     """The models on this device: name, size, quantization, context, the first digits of the SHA-256."""
-    from edge_agent.models import installed
+    from edge_agent.models.installed import installed
 
     for model in installed(_store()):
         found = model.manifest
@@ -75,7 +75,7 @@ def show(
     template: Annotated[bool, typer.Option("--template", help="Print the chat template alone.")] = False,
 ) -> None:
     """All that is known of one model."""
-    from edge_agent.models import show as details
+    from edge_agent.models.installed import show as details
 
     found = details(name, store=_store())
     if template:
@@ -104,7 +104,7 @@ def show(
 
 def verify(name: Name) -> None:
     """Hash a model, and compare with what was pulled."""
-    from edge_agent.models import show as details
+    from edge_agent.models.installed import show as details
     from shared.models import verify as verify_file
 
     verify_file(details(name, store=_store()).installed.file)
@@ -118,7 +118,7 @@ def remove(
     ] = False,
 ) -> None:
     """Remove a model from the store."""
-    from edge_agent.models import remove as remove_model
+    from edge_agent.models.installed import remove as remove_model
 
     remove_model(name, store=_store(), force=force)
     typer.echo(f"removed {name}")
@@ -150,7 +150,7 @@ def _progress() -> "Iterator[Told]":
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from edge_agent.pull import Step
+    from edge_agent.models.pull import Step
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

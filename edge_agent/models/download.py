@@ -20,8 +20,8 @@ import httpx
 import msgspec
 
 from edge_agent.errors import AccessDenied, ChecksumMismatch, DiskFull, PullFailed, SourceMissing
-from edge_agent.hub import Credential
-from edge_agent.sources import LOOPBACK, check_url
+from edge_agent.models.hub import Credential
+from edge_agent.models.sources import LOOPBACK, check_url
 from shared.errors import BadRequest, CausewayError, RateLimited, Unreachable
 
 CHUNK: Final = 1 << 20

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from model_origin import Origin, model_bytes, serving
 
-from edge_agent import sources
-from edge_agent.catalogue import Entry
 from edge_agent.errors import AccessDenied, ChecksumMismatch, DiskFull, ModelBusy, PullFailed, SourceMissing
 from edge_agent.locks import held
-from edge_agent.models import Installed, installed, remove
-from edge_agent.pull import Step
-from edge_agent.pull import pull as pull_for_real
+from edge_agent.models import sources
+from edge_agent.models.catalogue import Entry
+from edge_agent.models.installed import Installed, installed, remove
+from edge_agent.models.pull import Step
+from edge_agent.models.pull import pull as pull_for_real
 from shared.errors import BadRequest, CausewayError, RateLimited, UnknownModel, Unreachable
 from shared.gguf import ModelInvalid
 from shared.models import resolve, verify
@@ -252,7 +252,7 @@ def test_a_download_goes_on_in_another_process(store: Path) -> None:
         assert left(store) == [".partial/tiny/data", ".partial/tiny/state.json"]
         assert len(origin.seen) == 5
         code = (
-            "import sys; from pathlib import Path; from edge_agent.pull import pull; "
+            "import sys; from pathlib import Path; from edge_agent.models.pull import pull; "
             "pull(sys.argv[1], store=Path(sys.argv[2]), told=lambda step: None)"
         )
         command = [sys.executable, "-c", code, f"{url}/tiny.gguf", str(store)]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from model_origin import Origin, model_bytes, serving
 
-from edge_agent.models import installed, remove
-from edge_agent.pull import pull
+from edge_agent.models.installed import installed, remove
+from edge_agent.models.pull import pull
 from shared.errors import CausewayError, UnknownModel
 from shared.models import stored_file, verify
 
