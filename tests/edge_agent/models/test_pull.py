@@ -256,7 +256,7 @@ def test_a_download_goes_on_in_another_process(store: Path) -> None:
             "pull(sys.argv[1], store=Path(sys.argv[2]), told=lambda step: None)"
         )
         command = [sys.executable, "-c", code, f"{url}/tiny.gguf", str(store)]
-        subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[2])
+        subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[3])
 
     assert origin.ranges[5:] == ["bytes=30040-"]
     assert left(store) == ["tiny.gguf", "tiny.json"]
