@@ -1,11 +1,12 @@
-"""The command line: `router check FILE`, `router explain --prompt TEXT`, `router schema`."""
+"""The command line: `router check`, `explain`, `replay`, `calibrate`, `report`, `schema`."""
 
 import dataclasses
 import json
 import sqlite3
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,6 +29,11 @@ from shared.errors import BadRequest, CausewayError
 from shared.schemas import LABELS, ChatRequest, Label, Message, Sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Check and try routing policies.")
+
+
+def _file(what: str) -> Any:
+    return typer.Option(exists=True, dir_okay=False, readable=True, help=what)
+
 
 PolicyFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="A policy in YAML.")]
 
@@ -130,6 +136,34 @@ def calibrate_cascade(
         for part in one.bins:
             typer.echo(f"#   said {part.said:.2f}   right {part.right:.2f}   of {part.count}")
     typer.echo(section(fitted))
+
+
+@app.command("report")
+def write_report(
+    journal: Annotated[Path | None, _file("The edge agent's journal.db.")] = None,
+    outcomes: Annotated[Path | None, typer.Option(exists=True, help="A folder, or one .jsonl or .parquet.")] = None,
+    answers: Annotated[Path | None, _file("Judged answers, as for `router calibrate`.")] = None,
+    policy: Annotated[Path | None, _file("Its goal, its prices, and what it would change.")] = None,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write.")] = Path("report.html"),
+    last: Annotated[int, typer.Option(min=1, help="How many of the newest decisions.")] = MAX_ROWS,
+) -> None:
+    """One HTML page: what the router is worth, what it did, and what a policy would change.
+
+    Without options, it has the curves of the shipped weights. Nothing is fetched, and no model is run.
+    """
+    from router.report.command import Sources, write
+
+    chosen = _load(policy) if policy else None
+    sources = Sources(journal, outcomes, answers, chosen, str(policy or ""), last)
+    try:
+        write(sources, out, datetime.now(UTC))
+    except BadRequest as error:
+        typer.echo(f"--{error.param}: {error.message}", err=True)
+        raise typer.Exit(1) from None
+    except CausewayError as error:
+        typer.echo(error.message, err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"written: {out}")
 
 
 @app.command()

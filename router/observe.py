@@ -5,7 +5,7 @@ import hashlib
 from typing import Final
 
 from router.classes import class_of
-from router.difficulty import shipped_difficulty
+from router.difficulty import Difficulty, Outlook, shipped_difficulty
 from router.features import RequestFeatures, measure
 from router.money import NOTHING_SPENT, Spent
 from router.policy import Goal, Policy
@@ -69,5 +69,9 @@ def _difficulty(request: ChatRequest, goal: Goal | None) -> tuple[float | None, 
 @functools.lru_cache(64)
 def _threshold(goal: Goal) -> float:
     """The difficulty that achieves it, by the shipped weights."""
-    model = shipped_difficulty()
-    return (model.at_share(goal.cloud_share) if goal.cloud_share else model.at_recovery(goal.quality or 1.0)).threshold
+    return outlook(goal, shipped_difficulty()).threshold
+
+
+def outlook(goal: Goal, model: Difficulty) -> Outlook:
+    """Where the goal puts the threshold, and what that should bring."""
+    return model.at_share(goal.cloud_share) if goal.cloud_share else model.at_recovery(goal.quality or 1.0)

@@ -6,6 +6,7 @@ length; with none to go by, nothing is said.
 """
 
 import statistics
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -108,17 +109,22 @@ class _Speed:
     """How long one side took to the first token, by the length of the prompt."""
 
     def __init__(self, records: Sequence[Recorded], target: str) -> None:
-        self._seen = sorted(
+        seen = [
             (record.request.prompt_tokens, record.outcome.first_token_s)
             for record in records
             if record.outcome.served == target and record.timed and record.outcome.first_token_s is not None
-        )
+        ]
+        self._seen = sorted(seen, key=lambda one: one[0])
+        self._lengths = [tokens for tokens, _ in self._seen]
 
     def first_token_s(self, prompt_tokens: int) -> float | None:
         """The median of the nearest in length; None if that side answered nothing."""
         if not self._seen:
             return None
-        nearest = sorted(self._seen, key=lambda one: abs(one[0] - prompt_tokens))[:NEIGHBOURS]
+        at = bisect_right(self._lengths, prompt_tokens)
+        around = self._seen[max(at - NEIGHBOURS, 0) : at + NEIGHBOURS]
+        around.reverse()  # of one length the latest, never the quickest
+        nearest = sorted(around, key=lambda one: abs(one[0] - prompt_tokens))[:NEIGHBOURS]
         return statistics.median(seconds for _, seconds in nearest)
 
 

@@ -14,13 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from router import outcomes, trial
+from router.assess import MEASURED, Assessment, Floats, Scored, assess
+from router.assess import save as save_assessments
 from router.cascade import Cascade
 from router.difficulty import Difficulty, Encoder
 from router.fit import Encoded, calibrate, fit_encoder, fit_heads
-from router.outcomes import EXPERTS, Rows
+from router.outcomes import EXPERTS, PAIRS, Rows
 from router.wording import read
 
 SEED = 5
+SIDES = {"weak_score": "Mixtral-8x7B", "strong_score": "GPT-4"}
+"""Of the tables whose columns do not say."""
 
 
 def prepare(folder: Path) -> tuple[Rows, Encoder, Encoded]:
@@ -47,6 +51,7 @@ def build(folder: Path, target: Path, seed: int) -> None:
     about = {"seed": seed, "rows": len(rows.query)}
     target.mkdir(parents=True, exist_ok=True)
     model.save(target / "difficulty.npz", about)
+    save_assessments(target / MEASURED, measured(rows, score))
     gates = np.array([model.gate(dense) for dense in encoded.dense])
     told = trial.told(rows, encoded, folder)
     curve = calibrate(
@@ -54,6 +59,17 @@ def build(folder: Path, target: Path, seed: int) -> None:
     )
     hearing = replace(trial.hear_all(rows, told, np.arange(len(told.at)), seed), curve=curve)
     Cascade(model, hearing).save(target / "cascade.npz", about)
+
+
+def measured(rows: Rows, score: Floats) -> list[Assessment]:
+    """What these scores are worth, by pair; rows with broken labels are left out."""
+    found = []
+    for pair in PAIRS:
+        own = (rows.pair == pair.name) & ~rows.suspect
+        sides = " → ".join(SIDES.get(side, side.removeprefix("ok:")) for side in (pair.weak, pair.strong))
+        edge, cloud, said, domain = rows.weak[own], rows.strong[own], score[own], rows.domain[own].tolist()
+        found.append(assess(Scored(f"{pair.name}: {sides}", edge, cloud, said, domain)))
+    return found
 
 
 def evaluate(folder: Path, seeds: int) -> None:

@@ -1,4 +1,4 @@
-"""Administration: everything under /admin needs a credential, also what is not there. `policies.py` has the rest of it.
+"""Administration: everything under /admin needs a credential, also what is not there. The rest: `policies`, `figures`.
 
 GET  /admin/status   who answered, the device, the link, the policy in force
 POST /admin/reload   read the policy and the settings again, now; says which settings wait for a restart
@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, compile_path
 
 from edge_agent.api.administrators import Administrator, Administrators, AdminRoute, Handler
+from edge_agent.api.figures import FigureAdministration
 from edge_agent.api.models import model_routes
 from edge_agent.api.policies import PolicyAdministration
 from edge_agent.daemon import Daemon, health
@@ -63,6 +64,7 @@ def add_admin(
         AdminRoute("POST", "/admin/cache/clear", "activate", clear),
         *model_routes(daemon.local),
         *PolicyAdministration(daemon).routes(),
+        *FigureAdministration(daemon).routes(),
     ]
     patterns = [(compile_path(route.path), route) for route in routes]
 

@@ -9,7 +9,6 @@ POST /admin/policy/canary             {version, percent, why, ...}: decides that
 POST /admin/policy/activate           {version, why}
 POST /admin/policy/rollback           {why}: ends the canary, else the version before
 GET  /admin/decisions?after=N         recorded decisions after the N-th, the newest ones
-GET  /admin/difficulty                what the learned difficulty should bring, by the share sent to the cloud
 """
 
 import asyncio
@@ -29,7 +28,6 @@ from edge_agent.policies.canary import FAILED_SHARE, LEAST, Canary, Limits
 from edge_agent.policies.center import NoHistory, PolicyCenter
 from edge_agent.policies.history import Version
 from router.defaults import default_source
-from router.difficulty import shipped_difficulty
 from router.document import MAX_BYTES
 from router.policy import InvalidPolicy, Policy, parse
 from router.records import Recorded, newest, read
@@ -38,7 +36,6 @@ from shared.errors import BadRequest, NotFound
 
 REPLAYED = 5000
 LISTED = 200
-CURVE_POINTS = 20
 
 Text = Annotated[str, msgspec.Meta(max_length=MAX_BYTES)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -94,7 +91,6 @@ class PolicyAdministration:
         yield AdminRoute("POST", "/admin/policy/activate", "activate", self.activate)
         yield AdminRoute("POST", "/admin/policy/rollback", "activate", self.roll_back)
         yield AdminRoute("GET", "/admin/decisions", "read", self.decisions)
-        yield AdminRoute("GET", "/admin/difficulty", "read", self.difficulty)
 
     async def overview(self, _: Request, who: Administrator) -> dict[str, Any]:
         current, canary = self._center.current, self._center.canary
@@ -168,15 +164,6 @@ class PolicyAdministration:
         except (OSError, sqlite3.Error) as error:
             raise NotFound(f"no recorded decisions: {error}", source="edge") from error
         return {"decisions": [_decision(number, record) for number, record in found]}
-
-    async def difficulty(self, _: Request, __: Administrator) -> dict[str, Any]:
-        model = await asyncio.to_thread(shipped_difficulty)
-        shares = [point / CURVE_POINTS for point in range(CURVE_POINTS + 1)]
-        goal = self._center.policy.goal
-        return {
-            "curve": [dataclasses.asdict(model.at_share(share)) for share in shares],
-            "goal": None if goal is None else goal.model_dump(exclude_none=True),
-        }
 
     def _history(self) -> dict[str, Any]:
         try:

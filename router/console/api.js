@@ -18,13 +18,15 @@ export function takeTokenFromLink() {
 
 export const signIn = (token) => sessionStorage.setItem(KEY, token);
 
-export async function get(path) {
-  return answered(await fetch(path, { headers: credential() }));
+export class Unreached extends Error {}
+
+export function get(path) {
+  return asked(path, { headers: credential() });
 }
 
-export async function post(path, body) {
+export function post(path, body) {
   const headers = { ...credential(), "content-type": "application/json" };
-  return answered(await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }));
+  return asked(path, { method: "POST", headers, body: JSON.stringify(body) });
 }
 
 function credential() {
@@ -32,7 +34,10 @@ function credential() {
   return token ? { authorization: `Bearer ${token}` } : {};
 }
 
-async function answered(reply) {
+async function asked(path, options) {
+  const reply = await fetch(path, options).catch((error) => {
+    throw new Unreached("the daemon cannot be reached", { cause: error });
+  });
   const body = await reply.json().catch(() => ({}));
   if (!reply.ok) throw new Refused(reply.status, body.error);
   return body;

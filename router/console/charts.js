@@ -1,46 +1,74 @@
+// Charts as SVG: axes, lines, dots. The table or the sentence beside a chart says the same in words.
+
 import { h, svg } from "./dom.js";
 
-const WIDTH = 640;
-const HEIGHT = 320;
-const LEFT = 44;
-const BOTTOM = 36;
+const [WIDTH, HEIGHT] = [520, 320];
+const [LEFT, RIGHT, TOP, BOTTOM] = [72, 30, 14, 50];
+const TICKS = 5;
 
-// One bar, split by target.
-export function shares(counts) {
-  const total = Object.values(counts).reduce((sum, count) => sum + count, 0);
-  if (!total) return null;
+export const percent = (share, digits = 0) => (share == null ? "–" : `${(100 * share).toFixed(digits)}\u202f%`);
+
+// An axis places a value between 0 (its low end) and 1, and says what is written where.
+export function linear(label, low, high, said = percent) {
+  const step = niceStep((high - low) / TICKS || 1);
+  const first = Math.floor(low / step + 1e-9);
+  const last = Math.max(first + 1, Math.ceil(high / step - 1e-9));
+  const ticks = Array.from({ length: last - first + 1 }, (_, at) => (first + at) * step);
+  return { label, ticks: ticks.map((value) => [value, said(value)]), place: (value) => (value / step - first) / (last - first) };
+}
+
+export function named(label, names) {
+  const last = names.length - 1;
+  const shown = [...new Set([0, Math.floor(last / 2), last])];
+  return { label, ticks: shown.map((at) => [at, names[at]]), place: (at) => at / Math.max(last, 1) };
+}
+
+// Lines are {kind, points}, dots {kind, at, r}; a point is [x, y], a kind its classes in the style sheet.
+export function chart(label, x, y, lines, dots = []) {
+  const inside = (place) => Math.min(Math.max(place, 0), 1);
+  const across = (value) => LEFT + inside(x.place(value)) * (WIDTH - LEFT - RIGHT);
+  const up = (value) => HEIGHT - BOTTOM - inside(y.place(value)) * (HEIGHT - BOTTOM - TOP);
+  const middle = (TOP + HEIGHT - BOTTOM) / 2;
+  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label },
+    ...y.ticks.flatMap(([value, said]) => [
+      svg("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: up(value), y2: up(value) }),
+      text(LEFT - 6, up(value) + 4, "end", said),
+    ]),
+    ...x.ticks.map(([value, said]) => text(across(value), HEIGHT - BOTTOM + 18, "middle", said)),
+    text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "middle", x.label),
+    text(14, middle, "middle", y.label, { transform: `rotate(-90 14 ${middle})` }),
+    ...lines.map(({ kind, points }) => svg("path", { class: `line ${kind}`, d: path(points.map(([a, b]) => [across(a), up(b)])) })),
+    ...dots.map(({ kind, at, r = 4 }) => svg("circle", { class: `dot ${kind}`, cx: across(at[0]), cy: up(at[1]), r })));
+}
+
+export function figure(drawing, caption, legend) {
+  const keys = Object.entries(legend).map(([kind, said]) => h("li", {}, h("span", { class: `key ${kind}`, "aria-hidden": "true" }), said));
+  return h("figure", {}, drawing, h("figcaption", {}, caption, h("ul", { class: "legend" }, keys)));
+}
+
+// One bar, split: parts are [kind, share].
+export function meter(...parts) {
   let at = 0;
-  const bars = Object.entries(counts).map(([target, count]) => {
-    const width = (count / total) * 300;
-    const bar = svg("rect", { class: `bar ${target}`, x: at, y: 0, width, height: 10 });
-    at += width;
+  const bars = parts.map(([kind, share]) => {
+    const bar = svg("rect", { class: `bar ${kind}`, x: at, y: 0, width: 100 * share, height: 8 });
+    at += 100 * share;
     return bar;
   });
-  const said = Object.entries(counts).map(([target, count]) => `${target} ${count}`).join(", ");
-  return h("figure", {}, svg("svg", { viewBox: "0 0 300 10", role: "img", "aria-label": said }, ...bars), h("figcaption", { class: "faint" }, said));
+  return svg("svg", { class: "meter", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true" },
+    svg("rect", { class: "ground", x: 0, y: 0, width: 100, height: 8 }), ...bars);
 }
 
-// Points of {x, y} from 0 to 1, the line of no knowledge, and one point marked.
-export function curve(points, marked, { x, y }) {
-  const right = (value) => LEFT + value * (WIDTH - LEFT - 20);
-  const up = (value) => HEIGHT - BOTTOM - value * (HEIGHT - BOTTOM - 12);
-  const path = points.map((point, index) => `${index ? "L" : "M"}${right(point.x).toFixed(1)} ${up(point.y).toFixed(1)}`).join("");
-  const ticks = [0, 0.25, 0.5, 0.75, 1].flatMap((value) => [
-    svg("line", { class: "axis", x1: right(0), x2: right(1), y1: up(value), y2: up(value) }),
-    label(LEFT - 6, up(value) + 4, "end", `${value * 100}%`),
-    label(right(value), HEIGHT - BOTTOM + 16, "middle", `${value * 100}%`),
-  ]);
-  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${y} by ${x}` },
-    ...ticks,
-    svg("line", { class: "even", x1: right(0), y1: up(0), x2: right(1), y2: up(1) }),
-    svg("path", { class: "curve", d: path }),
-    svg("circle", { class: "point", cx: right(marked.x), cy: up(marked.y), r: 5 }),
-    label(right(0.5), HEIGHT - 4, "middle", x),
-    label(LEFT + 6, 22, "start", y));
+function path(points) {
+  return points.map(([x, y], at) => `${at ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 }
 
-function label(x, y, anchor, text) {
-  const element = svg("text", { x, y, "text-anchor": anchor });
-  element.textContent = text;
+function text(x, y, anchor, said, more = {}) {
+  const element = svg("text", { x, y, "text-anchor": anchor, ...more });
+  element.textContent = said;
   return element;
+}
+
+function niceStep(width) {
+  const power = 10 ** Math.floor(Math.log10(width));
+  return [1, 2, 5, 10].map((times) => times * power).find((step) => step >= width * (1 - 1e-9));
 }

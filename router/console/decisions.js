@@ -1,49 +1,70 @@
 // Decisions as they are made, newest first.
 
 import { get } from "./api.js";
-import { chip, clock, h, money, ms, number, table } from "./dom.js";
+import { chip, clock, empty, h, money, ms, number, row, table } from "./dom.js";
 
 const KEPT = 500;
+const COLUMNS = ["time", "target", "why:reason", "model:words", "prompt:number", "answer:number", "first token:number", "whole:number", "cost:number", "ended:detail", "shadow:detail", "policy:detail"];
 
 export async function decisions(page, { every }) {
   let last = 0;
   const rows = [];
-  const filter = h("input", { type: "search", class: "grow", placeholder: "Filter: a reason, a model, edge, cloud …", "aria-label": "Filter", oninput: show });
-  const body = table(["time", "target", "why", "model", "prompt", "answer", "first token", "whole", "cost", "ended", "shadow", "policy"], []);
-  const empty = h("p", { class: "faint" }, "Nothing yet. Decisions appear here when their requests have ended.");
-  page.append(h("div", { class: "row" }, filter), empty, body);
+  const filter = h("input", { type: "search", class: "grow", placeholder: "Filter: a reason, a model, a tenant, edge, cloud …", "aria-label": "Filter", oninput: show });
+  const held = h("input", { type: "checkbox" });
+  const count = h("span", { class: "faint", role: "status" });
+  const body = table(COLUMNS, [], { list: true });
+  const nothing = empty("Nothing yet. Decisions appear here when their requests have ended.");
+  page.append(h("div", { class: "row" }, filter, h("label", {}, held, " Hold"), count), nothing, body);
 
   function show() {
     const wanted = filter.value.trim().toLowerCase();
-    body.querySelector("tbody").replaceChildren(...rows.filter((row) => row.text.includes(wanted)).map((row) => row.element));
-    empty.hidden = rows.length > 0;
+    const found = rows.filter((one) => one.text.includes(wanted));
+    body.querySelector("tbody").replaceChildren(...found.map((one) => one.element));
+    count.textContent = rows.length ? `${number(found.length)} of the latest ${number(rows.length)}` : "";
+    nothing.hidden = rows.length > 0;
+    body.hidden = !rows.length;
   }
 
   await every(1, async () => {
+    if (held.checked) return;
     const found = (await get(`/admin/decisions?after=${last}`)).decisions;
-    if (!found.length) return show();
-    last = found.at(-1).number;
-    rows.unshift(...found.reverse().map(row));
-    rows.length = Math.min(rows.length, KEPT);
-    show();
+    if (found.length) {
+      last = found.at(-1).number;
+      rows.unshift(...found.reverse().map(shown));
+      rows.length = Math.min(rows.length, KEPT);
+    }
+    if (found.length || !rows.length) show();
   });
 }
 
-function row(one) {
+function shown(one) {
   const target = one.refused ? "refused" : one.target;
-  const cells = [
-    h("td", {}, clock(one.at)),
-    h("td", {}, chip(target), one.served && one.served !== one.target ? [" → ", chip(one.served)] : null),
-    h("td", { class: "reason" }, one.reason, one.redact ? " (redacted)" : "", one.label !== "free" ? ` [${one.label}]` : ""),
-    h("td", {}, one.model),
-    h("td", { class: "number" }, number(one.prompt_tokens)),
-    h("td", { class: "number" }, number(one.completion_tokens)),
-    h("td", { class: "number" }, ms(one.first_token_s)),
-    h("td", { class: "number" }, ms(one.total_s)),
-    h("td", { class: "number" }, money(one.cost, one.currency)),
-    h("td", {}, one.refused || one.ending),
-    h("td", {}, one.shadow ?? "–"),
-    h("td", {}, h("code", {}, one.policy)),
-  ];
-  return { text: `${target} ${one.reason} ${one.model} ${one.ending} ${one.tenant}`.toLowerCase(), element: h("tr", {}, cells) };
+  const served = one.served && one.served !== one.target ? [" → ", chip(one.served)] : null;
+  const element = row(COLUMNS, [
+    clock(one.at),
+    [chip(target), served],
+    [one.reason || one.refused, more(one)],
+    one.model,
+    number(one.prompt_tokens),
+    number(one.completion_tokens),
+    ms(one.first_token_s),
+    ms(one.total_s),
+    money(one.cost, one.currency),
+    one.refused || one.ending,
+    one.shadow ?? "–",
+    h("code", {}, one.policy),
+  ]);
+  return { text: `${target} ${one.reason} ${one.model} ${one.refused || one.ending} ${one.tenant} ${one.label} ${one.cache}`.toLowerCase(), element };
+}
+
+function more(one) {
+  const said = [
+    one.label !== "free" ? one.label : null,
+    one.redact ? "redacted" : null,
+    one.tenant ? `tenant ${one.tenant}` : null,
+    one.difficulty == null ? null : `difficulty ${one.difficulty.toFixed(2)}`,
+    one.judged,
+    one.cache ? `cache ${one.cache}` : null,
+  ].filter(Boolean);
+  return said.length ? h("small", { class: "faint" }, said.join(" · ")) : null;
 }

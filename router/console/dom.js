@@ -25,7 +25,7 @@ export const ms = (seconds) => (seconds == null ? "–" : seconds < 10 ? `${Math
 export const number = (value, digits = 0) => (value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits }));
 
 export const money = (amount, currency) =>
-  amount == null ? "–" : `${amount.toLocaleString("en", amount && amount < 1 ? { maximumSignificantDigits: 3 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })} ${currency}`;
+  amount == null ? "–" : `${amount.toLocaleString("en", amount && Math.abs(amount) < 1 ? { maximumSignificantDigits: 3 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })} ${currency}`;
 
 export const clock = (at) => new Date(at * 1000).toLocaleTimeString("en-GB");
 
@@ -40,7 +40,24 @@ export function card(title, state, rows, ...rest) {
   return h("section", { class: "card" }, heading, facts(rows), ...rest);
 }
 
-export function table(columns, rows) {
-  const head = h("tr", {}, columns.map((name) => h("th", { scope: "col" }, name)));
-  return h("div", { class: "scroll", tabindex: "0" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
+// A column is its name, or "name:kind"; kinds are number, reason, words, detail and acts. A row is an element or its cells.
+export function table(columns, rows, { caption, list = false } = {}) {
+  const head = h("tr", {}, columns.map((column) => h("th", { scope: "col", class: kind(column) }, name(column))));
+  const body = rows.map((one) => (Array.isArray(one) ? row(columns, one) : one));
+  const whole = h("table", { class: list ? "list" : null }, caption ? h("caption", {}, caption) : null, h("thead", {}, head), h("tbody", {}, body));
+  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption ?? "table" }, whole);
 }
+
+export function row(columns, cells) {
+  return h("tr", {}, cells.map((cell, at) => {
+    const label = kind(columns[at]) === "number" || kind(columns[at]) === "detail" ? name(columns[at]) : null;
+    return h("td", { class: kind(columns[at]), "data-label": label, "data-empty": cell == null || cell === "–" || cell === "" }, cell);
+  }));
+}
+
+const name = (column) => column.split(":")[0];
+const kind = (column) => column.split(":")[1] ?? null;
+
+export const empty = (text) => h("p", { class: "empty" }, text);
+
+export const bytes = (size) => (size == null ? "–" : size < 1e6 ? `${Math.round(size / 1000)} kB` : `${(size / 1e6).toFixed(1)} MB`);

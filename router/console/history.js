@@ -1,9 +1,13 @@
 // Versions and acts: who did what, when and why, and whether the record is as it was written.
 
 import { get, post } from "./api.js";
-import { h, moment, number, table } from "./dom.js";
+import { empty, h, moment, number, table } from "./dom.js";
 import { diff } from "./diff.js";
+import { draft } from "./draft.js";
 import { why } from "./why.js";
+
+const VERSIONS = ["version:detail", "when", "who:words", "why:reason", "fingerprint:detail", ":acts"];
+const ACTS = ["act:detail", "when", "who:words", "what", "version:detail", "why:reason"];
 
 export async function history(page, { run }) {
   const chain = h("p");
@@ -17,8 +21,8 @@ export async function history(page, { run }) {
     const found = overview ?? (await get("/admin/policy"));
     chain.textContent = found.unavailable ?? (found.broken_at ? `The record was changed at act ${found.broken_at}.` : "The record is whole: every act is signed and follows the one before.");
     chain.className = found.unavailable || found.broken_at ? "bad" : "good";
-    versions.replaceChildren(table(["", "when", "who", "why", "fingerprint", ""], found.versions.map((one) => version(one, found.current))));
-    acts.replaceChildren(table(["", "when", "who", "what", "version", "why"], found.acts.map(act)));
+    versions.replaceChildren(listed(VERSIONS, found.versions.map((one) => version(one, found.current)), "No policy was written here yet: the built-in one is in force."));
+    acts.replaceChildren(listed(ACTS, found.acts.map(act), "Nobody has done anything yet."));
   }
 
   function version(one, current) {
@@ -30,8 +34,7 @@ export async function history(page, { run }) {
       h("button", { disabled: one.number === current.version, onclick: () => run(() => activate(one.number)) }, "Activate"),
     ];
     const state = one.number === current.version ? h("span", { class: "good" }, " in force") : null;
-    return h("tr", {}, h("td", {}, String(one.number), state), h("td", {}, moment(one.at)), h("td", {}, one.who), h("td", { class: "reason" }, one.why),
-      h("td", {}, h("code", {}, one.fingerprint)), h("td", { class: "acts" }, buttons));
+    return [[String(one.number), state], moment(one.at), one.who, one.why, h("code", {}, one.fingerprint), buttons];
   }
 
   async function compare(number) {
@@ -40,7 +43,7 @@ export async function history(page, { run }) {
   }
 
   async function edit(number) {
-    sessionStorage.setItem("causeway.version-to-edit", (await get(`/admin/policy/versions/${number}`)).source);
+    draft.keep((await get(`/admin/policy/versions/${number}`)).source);
     location.hash = "#policy";
   }
 
@@ -50,8 +53,9 @@ export async function history(page, { run }) {
   }
 }
 
+const listed = (columns, rows, none) => (rows.length ? table(columns, rows, { list: true }) : empty(none));
+
 function act(one) {
-  const what = one.action.replace("_", " ") + (one.percent ? ` ${number(one.percent)} %` : "");
-  return h("tr", {}, h("td", {}, String(one.number)), h("td", {}, moment(one.at)), h("td", {}, one.who), h("td", {}, what),
-    h("td", {}, one.version ? String(one.version) : "built-in"), h("td", { class: "reason" }, one.why));
+  const what = one.action.replaceAll("_", " ") + (one.percent ? ` ${number(one.percent)} %` : "");
+  return [String(one.number), moment(one.at), one.who, what, one.version ? String(one.version) : "built-in", one.why];
 }

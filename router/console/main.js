@@ -1,14 +1,16 @@
 // Which page is shown, who is signed in, and what happens when the daemon cannot be asked.
 
-import { Refused, signIn, takeTokenFromLink } from "./api.js";
-import { h } from "./dom.js";
+import { Refused, Unreached, signIn, takeTokenFromLink } from "./api.js";
+import { empty, h } from "./dom.js";
+import { cache } from "./cache.js";
 import { decisions } from "./decisions.js";
-import { difficulty } from "./difficulty.js";
+import { goal } from "./goal.js";
 import { history } from "./history.js";
 import { now } from "./now.js";
 import { policy } from "./policy.js";
+import { traffic } from "./traffic.js";
 
-const pages = { now, decisions, policy, history, difficulty };
+const pages = { now, decisions, traffic, cache, policy, goal, history };
 const main = document.querySelector("main");
 const connection = document.querySelector("#connection");
 const dialog = document.querySelector("#sign-in");
@@ -28,9 +30,10 @@ async function open() {
   leave = () => timers.forEach(clearInterval);
   const every = (seconds, work) => {
     timers.push(setInterval(() => document.hidden || run(work), seconds * 1000));
-    return run(work);
+    return work();
   };
-  await run(() => pages[name](shown, { run, every }));
+  document.title = `Causeway: ${name}`;
+  if (!(await run(() => pages[name](shown, { run, every }))) && !shown.children.length) shown.append(empty(connection.textContent), h("button", { onclick: open }, "Try again"));
 }
 
 async function run(work) {
@@ -38,12 +41,14 @@ async function run(work) {
     await work();
     connection.textContent = "connected";
     connection.className = "good";
+    document.body.classList.remove("stale");
     return true;
   } catch (error) {
-    connection.textContent = error instanceof Refused ? error.message : "the daemon cannot be reached";
+    if (!(error instanceof Refused) && !(error instanceof Unreached)) throw error;
+    connection.textContent = error.message;
     connection.className = "bad";
-    if (error instanceof Refused && error.status === 401) askForToken(error);
-    if (!(error instanceof Refused) && !(error instanceof TypeError)) throw error;
+    document.body.classList.toggle("stale", error instanceof Unreached);
+    if (error.status === 401) askForToken(error);
     return false;
   }
 }

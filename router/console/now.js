@@ -1,15 +1,15 @@
-// Both sides, the traffic and the caches, as they are.
+// Both sides, the traffic and the money, as they are.
 
 import { get } from "./api.js";
-import { card, h, money, ms, number } from "./dom.js";
-import { shares } from "./charts.js";
+import { meter, percent } from "./charts.js";
+import { bytes, card, h, money, ms, number, table } from "./dom.js";
 
 export async function now(page, { every }) {
   const cards = h("div", { class: "cards" });
   page.append(cards);
   await every(2, async () => {
     const status = await get("/admin/status");
-    cards.replaceChildren(edge(status), cloud(status), traffic(status), inForce(status), ...spending(status), ...classes(status), ...caches(status));
+    cards.replaceChildren(edge(status), cloud(status), traffic(status), inForce(status), ...spending(status), ...predictions(status), ...classes(status));
   });
 }
 
@@ -18,19 +18,25 @@ function edge({ edge, device, running }) {
     model: device.model,
     running: `${number(running)} of ${number(device.slots)} slots`,
     waiting: `${number(device.queue_depth)} of ${number(device.queue_capacity)}`,
-    decodes: device.tokens_per_s == null ? null : `${number(device.tokens_per_s)} tokens/s`,
-    reads: device.prefill_tokens_per_s == null ? null : `${number(device.prefill_tokens_per_s)} tokens/s`,
+    decodes: rate(device.tokens_per_s),
+    reads: rate(device.prefill_tokens_per_s),
     processor: device.cpu_percent == null ? null : `${number(device.cpu_percent)} %`,
+    "memory free": bytes(device.memory_available),
     battery: device.battery_percent == null ? "none" : `${number(device.battery_percent)} %${device.on_battery ? ", in use" : ""}`,
+    "model's restarts": number(device.restarts),
   });
 }
 
+const rate = (perSecond) => (perSecond == null ? null : `${number(perSecond)} tokens/s`);
+
 function cloud({ cloud, link }) {
-  const good = cloud === "connected" && link.admitting;
-  return card("Cloud", { good: good || cloud === "none", text: cloud }, {
+  const good = cloud === "connected" && link.admitting && !link.draining;
+  const text = link.draining ? "draining" : link.admitting ? cloud : "resting";
+  return card("Cloud", { good: good || cloud === "none", text: cloud === "none" ? "none configured" : text }, {
     model: link.model,
     "round trip": ms(link.round_trip_s),
     "first token": ms(link.first_token_s),
+    "failed lately": percent(link.failure_ratio),
     breaker: link.breaker,
     "back in": link.retry_after_s == null ? null : `${number(link.retry_after_s, 1)} s`,
   });
@@ -38,10 +44,12 @@ function cloud({ cloud, link }) {
 
 function traffic({ routes, failovers, uptime_s }) {
   const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
-  const ended = Object.fromEntries(Object.entries(routes).map(([target, outcomes]) => [target, sum(outcomes)]));
-  const failed = sum(Object.fromEntries(Object.entries(routes).map(([target, outcomes]) => [target, outcomes.error ?? 0])));
-  return card("Answered", null,
-    { requests: number(sum(ended)), failed: number(failed), "stood in for the cloud": number(failovers), up: span(uptime_s) }, shares(ended));
+  const ended = Object.entries(routes).map(([target, outcomes]) => [target, sum(outcomes)]);
+  const all = ended.reduce((total, [, count]) => total + count, 0);
+  const failed = Object.values(routes).reduce((total, outcomes) => total + (outcomes.error ?? 0), 0);
+  const by = Object.fromEntries(ended.map(([target, count]) => [target === "none" ? "refused" : target, `${number(count)} · ${percent(count / all)}`]));
+  const bar = all ? meter(...ended.map(([target, count]) => [target === "none" ? "bad" : target, count / all])) : null;
+  return card("Answered", null, { requests: number(all), ...by, failed: number(failed), "stood in for the cloud": number(failovers), up: span(uptime_s) }, bar);
 }
 
 function inForce({ policy }) {
@@ -50,25 +58,27 @@ function inForce({ policy }) {
 
 function spending({ spent }) {
   if (!spent) return [];
-  const tenants = Object.entries(spent.tenants).filter(([name]) => name).map(([name, amount]) => [`by ${name}`, money(amount, spent.currency)]);
-  return [card("Cloud's cost", null, { today: money(spent.today, spent.currency), "of that, set aside": money(spent.set_aside, spent.currency), ...Object.fromEntries(tenants) })];
+  const tenants = Object.entries(spent.tenants).sort(([, a], [, b]) => b - a).map(([name, amount]) => [name ? `by ${name}` : "without a key", money(amount, spent.currency)]);
+  return [card("Cloud's cost", null, { today: money(spent.today, spent.currency), "of that, set aside": money(spent.set_aside, spent.currency), ...Object.fromEntries(tenants.slice(0, 8)) })];
+}
+
+function predictions({ predictions }) {
+  const known = Object.entries(predictions).filter(([, one]) => one.answers);
+  const rows = known.map(([target, one]) => [target, ms(seconds(one.first_token_error_ms)), ms(seconds(one.total_error_ms)), number(one.answers)]);
+  if (!rows.length) return [];
+  const shown = table(["", "first token:number", "whole:number", "answers:number"], rows);
+  return [h("section", { class: "card" }, h("h2", {}, "Predictions off by, in the median"), shown)];
 }
 
 function classes({ classes }) {
-  const rows = Object.entries(classes).map(([name, { requests, p50_ms, p95_ms, p99_ms }]) => {
-    const shares = [p50_ms, p95_ms, p99_ms].map((share) => number(100 * share));
-    return [name.replaceAll("_", " "), `${shares.join(" / ")} % of ${number(requests)}`];
-  });
-  return rows.length ? [card("First token within p50 / p95 / p99", null, Object.fromEntries(rows))] : [];
+  const rows = Object.entries(classes).map(([name, { requests, p50_ms, p95_ms, p99_ms }]) =>
+    [name.replaceAll("_", " "), ...[p50_ms, p95_ms, p99_ms].map((share) => percent(share)), number(requests)]);
+  if (!rows.length) return [];
+  const shown = table(["class:words", "p50:number", "p95:number", "p99:number", "requests:number"], rows);
+  return [h("section", { class: "card wide" }, h("h2", {}, "First tokens within their class's targets"), shown)];
 }
 
-function caches({ cache }) {
-  if (!cache) return [];
-  return Object.entries(cache.layers ?? {}).map(([name, counts]) => {
-    const rows = Object.entries(counts).filter(([, value]) => typeof value === "number");
-    return card(`Cache: ${name}`, null, Object.fromEntries(rows.map(([what, value]) => [what.replaceAll("_", " "), number(value, 3)])));
-  });
-}
+const seconds = (milliseconds) => (milliseconds == null ? null : milliseconds / 1000);
 
 const span = (seconds) =>
   seconds < 120 ? `${Math.round(seconds)} s` : seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;

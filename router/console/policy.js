@@ -1,16 +1,17 @@
 // The editor: checked as you type, replayed over recorded decisions, proposed, tried out, put in force.
 
 import { get, post } from "./api.js";
-import { h, number } from "./dom.js";
+import { h, number, table } from "./dom.js";
 import { diff } from "./diff.js";
+import { draft } from "./draft.js";
 import { why } from "./why.js";
 
 const PAUSE_MS = 300;
 
 export async function policy(page, { run }) {
-  const text = h("textarea", { spellcheck: "false", "aria-label": "Policy in YAML", oninput: typed, onscroll: followScroll, onkeydown: shortcut });
+  const text = h("textarea", { spellcheck: "false", "aria-label": "Policy in YAML", "aria-describedby": "verdict", oninput: typed, onscroll: followScroll, onkeydown: shortcut });
   const lines = h("pre", { "aria-hidden": "true" });
-  const verdict = h("p", { role: "status" });
+  const verdict = h("p", { role: "status", id: "verdict" });
   const problems = h("ul", { class: "problems" });
   const result = h("div", { "aria-live": "polite" });
   const changes = h("div");
@@ -20,6 +21,7 @@ export async function policy(page, { run }) {
     activate: h("button", { class: "main", onclick: () => run(activate) }, "Activate"),
     tryOut: h("button", { onclick: () => run(tryOut) }, "Try on"),
     rollBack: h("button", { class: "quiet", onclick: () => run(rollBack) }, "Roll back"),
+    startOver: h("button", { class: "quiet", onclick: () => run(startOver) }, "Start over"),
   };
   const inForce = h("p", { class: "faint" });
   let checking = 0;
@@ -32,12 +34,12 @@ export async function policy(page, { run }) {
         h("div", { class: "editor" }, lines, text),
         verdict,
         problems,
-        h("div", { class: "row" }, buttons.replay, buttons.activate, buttons.tryOut, percent, "% of conversations", buttons.rollBack)),
+        h("div", { class: "row" }, buttons.replay, buttons.activate, buttons.startOver, buttons.rollBack),
+        h("div", { class: "row" }, buttons.tryOut, percent, "% of conversations")),
       h("div", {}, result, changes)),
   );
   await refresh(await get("/admin/policy"));
-  text.value = sessionStorage.getItem("causeway.version-to-edit") ?? (text.dataset.inForce || "mode: prefer_edge\n");
-  sessionStorage.removeItem("causeway.version-to-edit");
+  text.value = draft.text() ?? text.dataset.inForce;
   await check();
 
   function refresh({ current, canary, unavailable }) {
@@ -48,8 +50,14 @@ export async function policy(page, { run }) {
 
   function typed() {
     mark([]);
+    keep();
     clearTimeout(timer);
     timer = setTimeout(() => run(check), PAUSE_MS);
+  }
+
+  function keep() {
+    if (text.value === text.dataset.inForce) draft.drop();
+    else draft.keep(text.value);
   }
 
   async function check() {
@@ -59,8 +67,10 @@ export async function policy(page, { run }) {
     verdict.textContent = found.valid ? `Valid: ${found.summary}` : `${found.problems.length} to mend`;
     verdict.className = found.valid ? "good" : "bad";
     problems.replaceChildren(...found.problems.map(problem));
+    text.setAttribute("aria-invalid", String(!found.valid));
     mark(found.problems.map((one) => one.line));
     for (const name of ["replay", "activate", "tryOut"]) buttons[name].disabled = !found.valid;
+    buttons.startOver.disabled = text.value === text.dataset.inForce;
     changes.replaceChildren(h("h2", {}, "Against what is in force"), diff(found.diff));
   }
 
@@ -94,12 +104,21 @@ export async function policy(page, { run }) {
 
   async function replay() {
     const found = await post("/admin/policy/replay", { source: text.value });
-    const rules = Object.entries(found.rules).sort(([, a], [, b]) => b - a);
+    const rules = Object.entries(found.rules).sort(([, a], [, b]) => b - a).map(([name, count]) => [name, number(count)]);
+    const moved = found.moved.map((one) => [`${one.from} → ${one.to}`, number(one.count)]);
     result.replaceChildren(
       h("h2", {}, "Replay"),
       h("p", { class: found.leaks ? "bad" : "good" }, `It would ${found.would}.`),
-      h("p", { class: "faint" }, `Decided by: ${rules.map(([name, count]) => `${name} ${number(count)}`).join(", ")}. No model was called.`),
+      moved.length ? table(["moved", "requests:number"], moved, { caption: "What moves" }) : "",
+      table(["rule:words", "requests:number"], rules, { caption: "Decided by" }),
+      h("p", { class: "faint" }, "Each recorded request was decided again; no model was called."),
     );
+  }
+
+  async function startOver() {
+    draft.drop();
+    text.value = text.dataset.inForce;
+    await check();
   }
 
   async function proposed(reason) {
@@ -126,6 +145,7 @@ export async function policy(page, { run }) {
 
   async function done(overview, said) {
     refresh(overview);
+    keep();
     result.replaceChildren(h("p", { class: "good" }, said));
     await check();
   }

@@ -1,41 +1,20 @@
 """The administrator's page in a real browser."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from administration import TOKEN, Administration, administration
-from playwright.async_api import Page, async_playwright, expect
-from programs import program
+from administration import TOKEN, administration
+from browsers import browsing
+from playwright.async_api import expect
 
 WRONG = "mode: prefer_cloud\nrules:\n  - name: code\n    when: {cod: true}\n    target: edge\n"
 RIGHT = WRONG.replace("cod:", "code:")
 pytestmark = pytest.mark.system
 
 
-@asynccontextmanager
-async def browsing(edge: Administration, width: int = 1280) -> AsyncIterator[tuple[Page, list[str]]]:
-    """A page, and what went wrong or was asked of anybody else: errors, messages, foreign addresses."""
-    wrong: list[str] = []
-    async with async_playwright() as playwright:
-        path = program("chromium", "chromium-browser", "google-chrome", package="chromium")
-        browser = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        page = await browser.new_page(viewport={"width": width, "height": 800})
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(edge.url) or wrong.append(request.url))
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
-        try:
-            yield page, wrong
-        finally:
-            await browser.close()
-
-
 async def test_a_policy_is_mended_replayed_put_in_force_and_rolled_back(tmp_path: Path) -> None:
     """Edit, the mistake at its line, fix, replay, activate, seen in the live decisions, roll back."""
-    async with administration(tmp_path) as edge, browsing(edge) as (page, wrong):
+    async with administration(tmp_path) as edge, browsing(edge.url) as (page, wrong):
         for number in range(4):
             await edge.ask(f"question {number}")
         await page.goto(f"{edge.url}/console/#token={TOKEN}")
@@ -82,10 +61,10 @@ async def test_a_policy_is_mended_replayed_put_in_force_and_rolled_back(tmp_path
 @pytest.mark.parametrize("width", [1280, 400])
 async def test_every_page_fits_and_asks_nobody_else(tmp_path: Path, width: int) -> None:
     """No page is wider than the screen, none reports an error, and nothing is fetched from elsewhere."""
-    async with administration(tmp_path) as edge, browsing(edge, width) as (page, wrong):
+    async with administration(tmp_path) as edge, browsing(edge.url, width) as (page, wrong):
         await edge.ask()
         await page.goto(f"{edge.url}/console/#token={TOKEN}")
-        for name in ("Now", "Decisions", "Policy", "History", "Difficulty"):
+        for name in ("Now", "Decisions", "Traffic", "Cache", "Policy", "Goal", "History"):
             await page.get_by_role("link", name=name).click()
             await expect(page.locator("main > div > *").first).to_be_visible()
             assert await page.evaluate("document.documentElement.scrollWidth") <= width
@@ -94,7 +73,7 @@ async def test_every_page_fits_and_asks_nobody_else(tmp_path: Path, width: int) 
 
 async def test_nothing_is_shown_without_a_credential(tmp_path: Path) -> None:
     """A wrong one is asked for again, a right one stays in its tab; the keyboard is enough."""
-    async with administration(tmp_path) as edge, browsing(edge) as (page, _):
+    async with administration(tmp_path) as edge, browsing(edge.url) as (page, _):
         await page.goto(f"{edge.url}/console/")
         field = page.get_by_label("Token or key")
         await field.fill("wrong")
@@ -109,7 +88,7 @@ async def test_nothing_is_shown_without_a_credential(tmp_path: Path) -> None:
 async def test_hostile_text_stays_text(tmp_path: Path) -> None:
     """What a client wrote into a model's name is shown, not run."""
     hostile = "<img/src=x/onerror=alert(1)>"
-    async with administration(tmp_path) as edge, browsing(edge) as (page, wrong):
+    async with administration(tmp_path) as edge, browsing(edge.url) as (page, wrong):
         await edge.ask(model=hostile)
         await page.goto(f"{edge.url}/console/#token={TOKEN}")
         await page.get_by_role("link", name="Decisions").click()

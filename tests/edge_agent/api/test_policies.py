@@ -104,16 +104,6 @@ async def test_what_was_spent_is_shown_where_there_are_prices(tmp_path: Path) ->
     assert found["would"].endswith("-0.005 EUR")
 
 
-async def test_the_difficulty_curve_rises(tmp_path: Path) -> None:
-    """More to the cloud never keeps less of its gain."""
-    async with administration(tmp_path) as edge:
-        curve = (await edge.get("/admin/difficulty"))["curve"]
-
-    kept = [point["recovered"] for point in curve]
-    assert (kept[0], kept[-1]) == (0, 1)
-    assert kept == sorted(kept)
-
-
 ACTS = {
     "/admin/policy/propose": ("propose", {"source": CLOUD, "why": "x"}),
     "/admin/policy/activate": ("activate", {"version": 0, "why": "x"}),
