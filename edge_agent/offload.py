@@ -24,6 +24,10 @@ from shared.errors import DeadlineExceeded, PolicyDenied, Unreachable, UpstreamF
 from shared.schemas import ChatRequest, Delta
 
 
+class Withheld(PolicyDenied):
+    """Not sent, since it could not be redacted; the device may answer it."""
+
+
 class Offload:
     """Sends requests, times their first token, and moves the breaker by what came of each."""
 
@@ -64,7 +68,7 @@ class Offload:
     async def answer(self, request: ChatRequest, policy: Policy) -> AsyncGenerator[Delta, None]:
         """The cloud's answer, from its first token on.
 
-        Raises PolicyDenied for an edge_only request, and for one to be redacted that cannot be looked through;
+        Raises PolicyDenied for an edge_only request, Withheld for one to be redacted that cannot be looked through;
         Unreachable while the breaker is open, DeadlineExceeded if the policy's time for the first token passes;
         otherwise what the backend raises.
         """
@@ -86,7 +90,7 @@ class Offload:
         try:
             request, redaction = redacted(request, policy.privacy.detector, self._secret)
         except Exception as error:  # whatever broke, what was not looked through does not leave
-            raise PolicyDenied("it could not be redacted, and so stays on the device", source="edge") from error
+            raise Withheld("it could not be redacted, and so stays on the device", source="edge") from error
         return request, Originals(redaction)
 
     def _admit(self, policy: Policy) -> None:

@@ -1,12 +1,12 @@
-"""What was redacted of a request, put back into its answer while it comes: into the text, and into each call's
-arguments, which are JSON."""
+"""What was redacted of a request, put back into its answer while it comes: into the text, into each call's arguments,
+which are JSON, into the stop string that ended it, and into the tokens whose probabilities were asked for."""
 
 from collections.abc import Iterator
 
 import msgspec
 
 from router.privacy.redact import Redaction, Restorer
-from shared.schemas import Delta, ToolPiece
+from shared.schemas import Delta, TokenLogprob, ToolPiece
 
 
 class Originals:
@@ -16,6 +16,7 @@ class Originals:
         self._redaction = redaction
         self._text = redaction.restorer()
         self._calls: dict[int, Restorer] = {}
+        self._tokens = Tokens(redaction.restorer())
 
     def restored(self, delta: Delta) -> Delta:
         text, last = self._text.push(delta.text), delta.finish_reason is not None
@@ -23,7 +24,9 @@ class Originals:
         if last:
             text += self._text.flush()
             calls += self._rest()
-        return msgspec.structs.replace(delta, text=text, tool_calls=tuple(calls))
+        logprobs = self._tokens.push(delta.logprobs, last=last)
+        stop = None if delta.stop is None else self._redaction.restorer().whole(delta.stop)
+        return msgspec.structs.replace(delta, text=text, tool_calls=tuple(calls), logprobs=logprobs, stop=stop)
 
     def _restored(self, piece: ToolPiece) -> Iterator[ToolPiece]:
         if piece.index not in self._calls:
@@ -37,3 +40,36 @@ class Originals:
         for index, restorer in self._calls.items():
             if held := restorer.flush():
                 yield ToolPiece(index=index, arguments=held)
+
+
+class Tokens:
+    """The tokens of the text: those that spell a placeholder together become one, which is the original, as likely as
+    all of them were; it has no rivals, since nobody was asked about it."""
+
+    def __init__(self, restorer: Restorer) -> None:
+        self._restorer = restorer
+        self._held: list[TokenLogprob] = []
+
+    def push(self, tokens: tuple[TokenLogprob, ...], *, last: bool = False) -> tuple[TokenLogprob, ...]:
+        self._held += tokens
+        text = "".join(token.token for token in self._held)
+        settled = len(text) if last else self._restorer.settled(text)
+        inside = {at for start, end in self._restorer.places(text) for at in range(start + 1, end)}
+        ready: list[TokenLogprob] = []
+        group: list[TokenLogprob] = []
+        begun = at = 0
+        for token in self._held:
+            group.append(token)
+            at += len(token.token)
+            if at <= settled and at not in inside:
+                ready.append(self._joined(group, text[begun:at]))
+                begun, group = at, []
+        self._held = group
+        return tuple(ready)
+
+    def _joined(self, group: list[TokenLogprob], text: str) -> TokenLogprob:
+        original = self._restorer.whole(text)
+        if original == text and len(group) == 1:
+            return group[0]
+        logprob = sum(token.logprob for token in group)
+        return TokenLogprob(token=original, logprob=logprob, bytes=tuple(original.encode(errors="replace")))

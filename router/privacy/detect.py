@@ -8,8 +8,7 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import re2
 
@@ -21,6 +20,7 @@ MAX_FINDINGS: Final = 1000
 CONTEXT_CHARS: Final = 48
 MAX_WORDS: Final = 5000
 MAX_WORD_CHARS: Final = 128
+TOO_MUCH: Final = "the words are too much text together"
 
 
 class Undecided(Exception):
@@ -50,16 +50,18 @@ class Detector:
         if unknown := sorted(wanted - {kind.name for kind in known}):
             raise ValueError(f"no kind {unknown[0]!r}; there are {', '.join(sorted({kind.name for kind in known}))}")
         chosen = [kind for kind in known if kind.name in wanted]
-        self._kinds = (*chosen, Kind(name="word", pattern=_dictionary(words))) if words else tuple(chosen)
         self._plain = Plain()
+        self._kinds = (*chosen, Kind(name="word", pattern=_dictionary(words, self._plain))) if words else tuple(chosen)
         options = re2.Options()
         options.log_errors = False
         options.max_mem = 64 << 20
-        self._any = re2.Set.SearchSet(options)
-        for kind in self._kinds:
-            self._any.Add(kind.pattern)
-        self._any.Compile()
-        self._patterns = [re2.compile(kind.pattern, options) for kind in self._kinds]
+        try:
+            self._any = _set(self._kinds, options)
+            self._patterns = [re2.compile(kind.pattern, options) for kind in self._kinds]
+        except re2.error:
+            raise ValueError(TOO_MUCH) from None
+        if words and len(self._kinds) - 1 not in (self._any.Match(words[0].translate(self._plain).encode()) or ()):
+            raise ValueError(TOO_MUCH)  # without the memory to search, a set says of every text that nothing is in it
         options.case_sensitive = False
         self._contexts = [re2.compile(kind.context, options) if kind.context else None for kind in self._kinds]
 
@@ -69,13 +71,15 @@ class Detector:
         checked = Counter() if checked is None else checked
         if len(text) > MAX_CHARS:
             raise Undecided(f"{len(text)} characters are more than the {MAX_CHARS} that are looked through")
+        found: dict[Finding, None] = {}  # in order; several forms of a text show the same
         try:
-            found = list(islice(self._all(text, checked), MAX_FINDINGS + 1))
+            for finding in self._all(text, checked):
+                found[finding] = None
+                if len(found) > MAX_FINDINGS:
+                    raise Undecided(f"more than {MAX_FINDINGS} findings")
         except TooMany:
             raise Undecided("more encoded passages than are looked into") from None
-        if len(found) > MAX_FINDINGS:
-            raise Undecided(f"more than {MAX_FINDINGS} findings")
-        return _apart(found)
+        return apart(found, text)
 
     def _all(self, text: str, checked: Counter[int]) -> Iterator[Finding]:
         for form in forms(text, self._plain):
@@ -93,12 +97,20 @@ class Detector:
     def _of_kind(self, index: int, raw: bytes, checked: Counter[int]) -> Iterator[tuple[int, int]]:
         kind, context = self._kinds[index], self._contexts[index]
         for match in self._patterns[index].finditer(raw):
-            start, end = match.span()
+            start, end = match.span(match.lastindex or 0)
             if context is not None and not context.search(_around(raw, start, end)):
                 continue
             checked[index] += 1
-            if checked[index] > kind.checks or kind.accepts(raw[start:end].decode("utf-8", "surrogatepass")):
+            if checked[index] > kind.checks or kind.accepts(match.group().decode("utf-8", "surrogatepass")):
                 yield start, end
+
+
+def _set(known: Iterable[Kind], options: Any) -> Any:
+    found = re2.Set.SearchSet(options)
+    for kind in known:
+        found.Add(kind.pattern)
+    found.Compile()
+    return found
 
 
 def _around(raw: bytes, start: int, end: int) -> bytes:
@@ -111,11 +123,11 @@ def _length(raw: bytes) -> int:
     return len(raw) if raw.isascii() else len(raw.decode("utf-8", "surrogatepass"))
 
 
-def _apart(found: list[Finding]) -> list[Finding]:
-    """Of findings that overlap, the secret before the other, then the longer, then the one whose kind is listed
-    first."""
+def apart(found: Iterable[Finding], text: str) -> list[Finding]:
+    """Of findings that overlap, the secret before the other, then what cuts no escape in two (of `\\nbob@example.com`
+    the n is not bob's), then the longer, then the one whose kind is listed first."""
     kept: list[Finding] = []
-    for finding in sorted(found, key=lambda one: (not one.secret, one.start - one.end)):
+    for finding in sorted(found, key=lambda one: (not one.secret, _cuts(text, one), one.start - one.end)):
         place = bisect.bisect(kept, finding)
         free_before = place == 0 or kept[place - 1].end <= finding.start
         if free_before and (place == len(kept) or finding.end <= kept[place].start):
@@ -123,16 +135,26 @@ def _apart(found: list[Finding]) -> list[Finding]:
     return kept
 
 
-def _dictionary(words: Sequence[str]) -> str:
+def _cuts(text: str, finding: Finding) -> bool:
+    """Whether it begins or ends between a backslash and what that makes special."""
+    begins = text[finding.start - 1 : finding.start] == "\\" and text[finding.start] in "bfnrtux"
+    return begins or (text[finding.end - 1] == "\\" and finding.end < len(text))
+
+
+def _dictionary(words: Sequence[str], plain: Plain) -> str:
     if len(words) > MAX_WORDS:
         raise ValueError(f"{len(words)} words are more than {MAX_WORDS}")
     for word in words:
         if not 2 <= len(word.strip()) <= MAX_WORD_CHARS:
             raise ValueError(f"a word must have 2 to {MAX_WORD_CHARS} characters")
-    return "(?i)" + "|".join(_bounded(word.strip()) for word in words)
+    folded = [word.translate(plain).split() for word in words]
+    if [] in folded:
+        raise ValueError("a word must have characters that can be seen")
+    return "(?i)" + "|".join(map(_bounded, folded))
 
 
-def _bounded(word: str) -> str:
-    """RE2 knows the bounds of ASCII words only; other scripts often write none."""
-    first, last = (r"\b" if char.isascii() and char.isalnum() else "" for char in (word[0], word[-1]))
-    return first + str(re2.escape(word)) + last
+def _bounded(parts: Sequence[str]) -> str:
+    """RE2 knows the bounds of ASCII words only; other scripts often write none. Between the parts of a word of several
+    there may be any white space, or what joins them in names."""
+    first, last = (r"\b" if char.isascii() and char.isalnum() else "" for char in (parts[0][0], parts[-1][-1]))
+    return first + r"[\s_-]{1,4}".join(str(re2.escape(part)) for part in parts) + last

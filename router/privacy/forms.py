@@ -16,15 +16,29 @@ from urllib.parse import unquote_to_bytes
 
 MAX_RUNS: Final = 4000
 MAX_ENCODED: Final = 64
-"""Runs that could be base64, and those that are: more are not looked into."""
-_HIDDEN: Final = re.compile(
-    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff"
-    "\U000e0000-\U000e007f]"
+"""Runs that could be base64 or hexadecimal, and those that are: more are not looked into."""
+MAX_LAYERS: Final = 3
+"""Of codes within codes, such as `%2540`."""
+MIN_RUN: Final = 16
+_HIDDEN: Final = re.compile(  # nothing is seen of them; and accents, which one keyboard writes apart and another not
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+    "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u3099\u309a]"
 )
+_LOOKS_LIKE: Final = dict.fromkeys("\u00b7\u2022\u2219\u22c5\u3002\u30fb", ".") | dict.fromkeys("\u2212\u30fc", "-")
+"""What people put between the digits of a number, beside the dashes that Unicode knows as such."""
 _CODES: Final = re.compile(
-    r"(?:%[0-9A-Fa-f]{2})+|(?:\\u[0-9A-Fa-f]{4})+|&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|commat|period|colon|lowbar);"
+    r"(?:%[0-9A-Fa-f]{2})+"
+    r"|\\{1,4}u[Dd][89ABab][0-9A-Fa-f]{2}\\{1,4}u[Dd][C-Fc-f][0-9A-Fa-f]{2}"
+    r"|\\{1,4}(?:u[0-9A-Fa-f]{4}|u\{[0-9A-Fa-f]{1,6}\}|x[0-9A-Fa-f]{2}|[\"'/bfnrt])"
+    r"|&(?:#[0-9]{1,7};?|#[xX][0-9A-Fa-f]{1,6};?|[A-Za-z]{2,8};)"
+    r"|(?<=[0-9])\+(?=[0-9])"  # a space, where a form's fields are sent
+    r"|[ ]?[\[({][ ]?(?:at|AT|dot|DOT)[ ]?[\])}][ ]?"
 )
-_BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{16,}")
+_RUN: Final = re.compile(r"(?:[A-Za-z0-9+/_-]{60,}\r?\n)*[A-Za-z0-9+/_-]{16,}")
+_HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2})+")
+_UNITS: Final = re.compile(r"[ux]\{?([0-9A-Fa-f]+)")
+_ESCAPED: Final = {"b": " ", "f": " ", "n": "\n", "r": "\r", "t": "\t"}
 
 Places = tuple[Sequence[int], Sequence[int]]
 
@@ -54,33 +68,42 @@ class TooMany(Exception):
 
 
 class Plain(dict[int, str]):
-    """How a character is folded: NFKC, digits of every script as ASCII, invisible ones dropped. Remembers what it
-    met."""
+    """How a character is folded: its compatible form (NFKC) without accents, digits of every script as ASCII, dashes
+    of all kinds as one, invisible ones dropped. Remembers what it met."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
-        if _HIDDEN.match(char):
-            plain = ""
-        elif char.isdecimal():
+        if char.isdecimal():
             plain = str(unicodedata.decimal(char))
+        elif char in _LOOKS_LIKE or unicodedata.category(char) == "Pd":
+            plain = _LOOKS_LIKE.get(char, "-")
         else:
-            plain = unicodedata.normalize("NFKC", char)
+            plain = unicodedata.normalize("NFC", _HIDDEN.sub("", unicodedata.normalize("NFKD", char)))
         self[code] = plain
         return plain
 
 
-def forms(text: str, plain: Plain) -> Iterator[Form]:
-    """The text, folded; that with its codes decoded, if there are any; and each of its runs of base64 that
-    decodes to text. Raises TooMany."""
-    folded = _folded(text, plain)
+def forms(text: str, plain: Plain, layers: int = MAX_LAYERS) -> Iterator[Form]:
+    """The text, folded; that with its codes decoded, and decoded again while there are any; and each of its runs of
+    base64 or hexadecimal digits that decodes to text, in that text's own forms. Raises TooMany."""
+    form = folded = _folded(text, plain)
     yield folded
-    if _CODES.search(folded.text):
-        yield _decoded(folded)
+    for _ in range(layers):
+        if not _CODES.search(form.text):
+            break
+        form = _decoded(form, plain)
+        yield form
+    if layers > 1:
+        yield from _encoded(folded, plain, layers - 1)
+
+
+def _encoded(base: Form, plain: Plain, layers: int) -> Iterator[Form]:
     readable = 0
-    for number, match in enumerate(_BASE64.finditer(folded.text)):
-        if decoded := _readable(_base64(match.group())):
+    for number, match in enumerate(_RUN.finditer(base.text)):
+        if text := _unwrapped(match.group()):
             readable += 1
-            yield Form(_folded(decoded, plain).text, whole=folded.origin(*match.span()))
+            whole = base.origin(*match.span())
+            yield from (Form(form.text, whole=whole) for form in forms(text, plain, layers))
         if number >= MAX_RUNS or readable > MAX_ENCODED:
             raise TooMany
 
@@ -100,7 +123,7 @@ def _folded(text: str, plain: Plain) -> Form:
     return Form(folded, locate)
 
 
-def _decoded(base: Form) -> Form:
+def _decoded(base: Form, plain: Plain) -> Form:
     """Codes of URLs, JSON and HTML as the characters they stand for."""
     pieces: list[str] = []
     starts: list[int] = []
@@ -111,9 +134,10 @@ def _decoded(base: Form) -> Form:
         at = match.start()
         for char, length in _characters(match.group()):
             start, end = base.origin(at, at + length)
-            pieces.append(char)
-            starts.append(start)
-            ends.append(end)
+            shown = plain[ord(char)]
+            pieces.append(shown)
+            starts += [start] * len(shown)
+            ends += [end] * len(shown)
             at += length
     _keep(base, at, len(base.text), (pieces, starts, ends))
     return Form("".join(pieces), lambda: (starts, ends))
@@ -121,18 +145,44 @@ def _decoded(base: Form) -> Form:
 
 def _characters(code: str) -> list[tuple[str, int]]:
     """Each decoded character, and how many of the code's it took."""
-    if code[0] == "%":
-        text = unquote_to_bytes(code).decode(errors="replace")
-        return [(char, 3 if char == "\ufffd" else 3 * len(char.encode())) for char in text]
-    if code[0] == "\\":
-        return [(chr(int(unit, 16)), 6) for unit in code[2:].split("\\u")]
-    return [((html.unescape(code) or " ")[0], len(code))]
+    match code[0]:
+        case "%":
+            text = unquote_to_bytes(code).decode(errors="replace")
+            return [(char, 3 if char == "\ufffd" else 3 * len(char.encode())) for char in text]
+        case "&":
+            text = html.unescape(code) or " "
+            return [(char, 1) for char in code] if text == code else [(text[0], len(code))]
+        case "+":
+            return [(" ", 1)]
+        case "\\":
+            return [(_unescaped(code), len(code))]
+        case _:
+            return [("@" if "a" in code.lower() else ".", len(code))]
+
+
+def _unescaped(code: str) -> str:
+    escape = code.lstrip("\\")
+    if len(escape) == 1:
+        return _ESCAPED.get(escape, escape)
+    first, *second = (int(digits, 16) for digits in _UNITS.findall(code))
+    if second:
+        return chr(0x10000 + ((first & 0x3FF) << 10) + (second[0] & 0x3FF))
+    return chr(first) if first <= 0x10FFFF else " "
 
 
 def _keep(base: Form, start: int, end: int, to: tuple[list[str], list[int], list[int]]) -> None:
     to[0].append(base.text[start:end])
     to[1].extend(base.places[0][start:end])
     to[2].extend(base.places[1][start:end])
+
+
+def _unwrapped(run: str) -> str:
+    """The text that a run of letters and digits encodes: all of the run, or what follows the last slash of a path."""
+    joined = "".join(run.split())
+    if _HEX.fullmatch(joined) and (text := _readable(bytes.fromhex(joined))):
+        return text
+    last = joined.rpartition("/")[2]
+    return _readable(_base64(joined)) or (_readable(_base64(last)) if MIN_RUN <= len(last) < len(joined) else "")
 
 
 def _base64(run: str) -> bytes:

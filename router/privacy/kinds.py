@@ -55,6 +55,7 @@ class Kind:
 
     name: str
     pattern: str
+    """Where it has groups, the one that matched is the value; what is around it only tells what it is."""
     accepts: Check = anything
     context: str = ""
     """A pattern that must be found, ignoring case, in the text right before or after a candidate; "" asks for none."""
@@ -83,7 +84,7 @@ def _secret(name: str, pattern: str, accepts: Check = anything) -> Kind:
 
 _KEY_WORDS = (
     r"pass(?:word|wd|phrase|wort)?|pwd|secret(?:[_-]?key)?|client[_-]?secret|api[_-]?key|access[_-]?(?:key|token)"
-    r"|auth[_-]?token|token|private[_-]?key|mot de passe|contrase\x{f1}a|senha|has\x{142}o|wachtwoord|kennwort"
+    r"|auth[_-]?token|token|private[_-]?key|mot de passe|contrasena|senha|has\x{142}o|wachtwoord|kennwort"
 )
 _SECRETS: Final = (
     _secret(
@@ -112,7 +113,8 @@ _SECRETS: Final = (
     _secret("telegram_token", r"\b[0-9]{8,10}:AA[A-Za-z0-9_-]{33}"),
     _secret(
         "password",
-        rf"""(?i:(?:\b|_)(?:{_KEY_WORDS})["']?)[ \t]{{0,4}}[:=][ \t]{{0,4}}["'`]?[^\s"'`,;]{{8,200}}""",
+        rf"""(?i:(?:\b|_)(?:{_KEY_WORDS})["']?)[ \t]{{0,4}}[:=][ \t]{{0,4}}"""
+        r"""(?:"((?:[^\s"\\]|\\\S){8,200})"|'([^\s']{8,200})'|["'`]?([^\s"'`,;]{8,200}))""",
         is_assigned_secret,
     ),
 )
@@ -135,7 +137,7 @@ _PERSONAL: Final = (
         pattern=r"\b[A-Z]{2}[0-9]{2}(?:[ -]?[A-Z0-9]{2,4}){3,8}(?:[ -]?[A-Z0-9]{1,3})?\b",
         accepts=compact(is_iban),
     ),
-    Kind(name="card", pattern=r"\b[2-6](?:[ .-]?[0-9]){12,18}\b", accepts=is_card),
+    Kind(name="card", pattern=r"\b[2-6](?:[ .-]{0,3}[0-9]){12,18}\b", accepts=is_card),
     Kind(name="ip", pattern=r"\b(?:[0-9]{1,3}\.){3}[0-9]{1,3}\b", accepts=is_ip),
     Kind(name="ip", pattern=r"(?i)\b(?:[0-9a-f]{0,4}:){3,7}[0-9a-f]{1,4}\b", accepts=is_ip),
     Kind(name="mac", pattern=r"\b(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}\b|\b(?:[0-9A-Fa-f]{2}-){5}[0-9A-Fa-f]{2}\b"),
@@ -181,7 +183,7 @@ _PERSONAL: Final = (
         name="pt_cc",
         pattern=r"\b[0-9]{8} ?[0-9] ?[A-Z0-9]{2}[0-9]\b",
         accepts=compact(cc.is_valid),
-        context=r"cart\x{e3}o|cidad\x{e3}o|\bcc\b|identi",
+        context=r"cartao|cidadao|\bcc\b|identi",
     ),
     Kind(name="br_cpf", pattern=r"\b[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}\b", accepts=compact(cpf.is_valid)),
     Kind(name="br_cpf", pattern=r"\b[0-9]{11}\b", accepts=cpf.is_valid, context=r"\bcpf\b"),
@@ -201,7 +203,7 @@ _PERSONAL: Final = (
         name="birth_date",
         pattern=r"\b[0-9]{1,2}[./-][0-9]{1,2}[./-](?:19|20)[0-9]{2}\b"
         r"|\b(?:19|20)[0-9]{2}-[01][0-9]-[0-3][0-9]\b",
-        context=r"\bborn\b|birth|\bdob\b|geboren|geburt|\bgeb\.|n\x{e9}e? le|naissance|\bnaci|\bnat[oa] il|nascita"
+        context=r"\bborn\b|birth|\bdob\b|geboren|geburt|\bgeb\.|\bnee? le\b|naissance|\bnaci|\bnat[oa] il|nascita"
         r"|\bnasc|urodz",
     ),
     Kind(
@@ -220,9 +222,9 @@ _MARKED_PHONE: Final = (
 )
 _BARE_PHONE: Final = r"\b[0-9](?:[ ./-]{0,2}[0-9]){6,14}\b"
 _PHONE_WORDS: Final = (
-    r"phone|\btel\b|\btel[.:]|telefon|t\x{e9}l|tel\x{e9}fono|telefone|\bcall (?:me|us|him|her|them)\b"
-    r"|\bmobile\b|\bcell\b|\bhandy|\bm\x{f3}vil|\bportable"
-    r"|\bcellulare|\bmobiel|kom\x{f3}rk|celular|whatsapp|\bsms\b|\bfax\b|\bnummer\b|\brufnummer|\x{7535}\x{8bdd}|\x{624b}\x{673a}|mobil"
+    r"phone|\btel\b|\btel[.:]|telefon|\bcall (?:me|us|him|her|them)\b"
+    r"|\bmobile\b|\bcell\b|\bhandy|\bmovil|\bportable"
+    r"|\bcellulare|\bmobiel|komork|celular|whatsapp|\bsms\b|\bfax\b|\bnummer\b|\brufnummer|\x{7535}\x{8bdd}|\x{624b}\x{673a}|mobil"
 )
 
 KINDS: Final = frozenset(kind.name for kind in kinds())

@@ -9,13 +9,14 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from router.privacy.detect import Finding
 
 MIN_DIGITS: Final = 4
 _SHAPE: Final = re.compile(r"<[A-Z0-9_]{1,24}_[0-9a-f]{4,64}>", re.IGNORECASE)
+_QUOTES: Final = re.compile(r'\\.|(")', re.DOTALL)
 
 
 class Redaction:
@@ -29,19 +30,30 @@ class Redaction:
         self.values: dict[str, str] = {}
         """Each placeholder's original."""
 
-    def apply(self, text: str, findings: Sequence[Finding]) -> str:
-        """`text` with each finding (in order, none overlapping another) replaced."""
-        pieces, at = [], 0
+    def apply(self, text: str, findings: Sequence[Finding], *, as_json: bool = False) -> str:
+        """`text` with each finding (in order, none overlapping another) replaced; what is JSON stays JSON: a number
+        becomes a string."""
+        if not findings:
+            return text
+        pieces, at, quotes = list[str](), 0, 0
         for finding in findings:
-            pieces += [text[at : finding.start], self._placeholder(finding.kind, text[finding.start : finding.end])]
+            before, value = text[at : finding.start], text[finding.start : finding.end]
+            placeholder = self._placeholder(finding.kind, plain_of(value) if as_json else value)
+            if as_json:
+                quotes += _count_quotes(before)
+                placeholder = placeholder if quotes % 2 else f'"{placeholder}"'
+                quotes += _count_quotes(value)
+            pieces += [before, placeholder]
             at = finding.end
         return "".join([*pieces, text[at:]])
 
     def restorer(self, *, in_json: bool = False) -> "Restorer":
-        """A fresh one for each text of the answer; `in_json` for one that is JSON, such as a tool call's arguments."""
+        """A fresh one for each text of the answer; `in_json` for one that is JSON, such as a tool call's arguments,
+        where some write `<` and `>` as escapes."""
         values = self.values
         if in_json:
             values = {placeholder: json.dumps(value, ensure_ascii=False)[1:-1] for placeholder, value in values.items()}
+            values |= {rf"\u003c{placeholder[1:-1]}\u003e": value for placeholder, value in values.items()}
         return Restorer(values)
 
     def _placeholder(self, kind: str, value: str) -> str:
@@ -70,6 +82,7 @@ class Restorer:
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = {placeholder.lower(): value for placeholder, value in values.items()}
+        self._longest = max(map(len, values), default=0)
         self._pattern = re.compile("|".join(map(re.escape, values)), re.IGNORECASE) if values else None
         self._held = ""
 
@@ -77,24 +90,49 @@ class Restorer:
         if self._pattern is None:
             return piece
         text = self._held + piece
-        cut = self._safe(text)
+        cut = self.settled(text)
         self._held = text[cut:]
-        return self._pattern.sub(lambda match: self._values[match.group().lower()], text[:cut])
+        return self.whole(text[:cut])
 
     def flush(self) -> str:
         """The rest, at the end of the text: the start of a placeholder that never was one."""
         held, self._held = self._held, ""
         return held
 
-    def _safe(self, text: str) -> int:
-        """How much of the text holds no placeholder that is still being written. Each has one `<`, its first
-        character."""
-        start = text.rfind("<")
-        if start < 0:
-            return len(text)
-        begun = text[start:].lower()
-        writing = any(len(begun) < len(whole) and whole.startswith(begun) for whole in self._values)
-        return start if writing else len(text)
+    def whole(self, text: str) -> str:
+        """A text that has come in one piece, restored."""
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda match: self._values[match.group().lower()], text)
+
+    def places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where placeholders stand in it."""
+        return (match.span() for match in self._pattern.finditer(text)) if self._pattern else iter(())
+
+    def settled(self, text: str) -> int:
+        """How much of the text holds no placeholder that is still being written."""
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[start] in "<\\" and self._begins(text[start:].lower()):
+                return start
+        return len(text)
+
+    def _begins(self, begun: str) -> bool:
+        return any(len(begun) < len(whole) and whole.startswith(begun) for whole in self._values)
+
+
+def plain_of(written: str) -> str:
+    """What JSON's escapes in it stand for; itself where it has none."""
+    if "\\" not in written:
+        return written
+    try:
+        return str(json.loads(f'"{written}"', strict=False))
+    except ValueError:
+        return written
+
+
+def _count_quotes(text: str) -> int:
+    """Those that begin or end a string of JSON."""
+    return sum(match[1] is not None for match in _QUOTES.finditer(text))
 
 
 def conversation_key(secret: bytes, opening: Iterable[str]) -> bytes:

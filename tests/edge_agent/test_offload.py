@@ -23,7 +23,7 @@ from shared.errors import (
     Unrecoverable,
     UpstreamFailed,
 )
-from shared.schemas import ChatRequest, Delta, Tool, ToolPiece
+from shared.schemas import ChatRequest, Delta, Sampling, TokenLogprob, Tool, ToolPiece
 
 POLICY = parse(
     "mode: prefer_cloud\nfirst_token_timeout_s: 5\n"
@@ -259,3 +259,64 @@ async def test_reading_puts_link_and_experience_together() -> None:
     assert (reading.connected, reading.draining, reading.retry_after_s) == (True, True, 7.0)
     assert (reading.round_trip_s, reading.first_token_s) == (0.04, 0.0)
     assert (reading.model, reading.context_length) == ("large", 8192)
+
+
+def cut(text: str, size: int) -> list[Delta]:
+    """An answer in tokens of this length, with each one's probability."""
+    tokens = [text[at : at + size] for at in range(0, len(text), size)]
+    said = [TokenLogprob(token=token, logprob=-0.5, bytes=tuple(token.encode())) for token in tokens]
+    return [Delta(text=one.token, tokens=1, logprobs=(one,)) for one in said]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+async def test_probabilities_are_of_the_originals(size: int) -> None:
+    """The tokens of a placeholder become one token, the original: what is told of tokens spells the text that the
+    client gets, and no placeholder is left in it."""
+    door = Door(THERE)
+    request = ask("Write to anna@example.org", label="redact")
+    await door.send(request)
+    (placeholder,) = re.findall(r"<EMAIL_[0-9a-f]+>", door.remote.seen[0].messages[-1].content)
+    text = f"To {placeholder}, <EMA and {placeholder}<"
+    deltas = cut(text, size)
+    door.turns.scripts = [ScriptedAnswer(*deltas, LAST)]
+    answered = await door.send(request)
+
+    assert isinstance(answered, list)
+    tokens = [token for delta in answered for token in delta.logprobs]
+    spelled = "".join(token.token for token in tokens)
+    assert spelled == "".join(delta.text for delta in answered) == text.replace(placeholder, "anna@example.org")
+    assert b"".join(bytes(token.bytes) for token in tokens) == spelled.encode()
+    assert sum(token.logprob for token in tokens) == -0.5 * len(deltas)
+
+
+async def test_the_stop_string_that_ended_it_is_the_callers_own() -> None:
+    """A stop string is redacted like all text; which one it was is said in the caller's words."""
+    door = Door(THERE)
+    request = msgspec.structs.replace(ask("hello", label="redact"), sampling=Sampling(stop=("anna@example.org",)))
+    await door.send(request)
+    (stop,) = door.remote.seen[0].sampling.stop
+    assert stop.startswith("<EMAIL_")
+
+    door.turns.scripts = [ScriptedAnswer(THERE[0], msgspec.structs.replace(LAST, stop=stop))]
+    answered = await door.send(request)
+
+    assert isinstance(answered, list)
+    assert answered[-1].stop == "anna@example.org"
+
+
+async def test_arguments_whose_brackets_are_escaped() -> None:
+    """Some write `<` as an escape in JSON: a placeholder is one all the same, however it is cut."""
+    door = Door(THERE)
+    request = msgspec.structs.replace(ask("Mail anna@example.org", label="redact"), tools=(Tool(name="mail"),))
+    await door.send(request)
+    (placeholder,) = re.findall(r"<EMAIL_[0-9a-f]+>", door.remote.seen[0].messages[-1].content)
+    written = f'{{"to": "\\u003c{placeholder[1:-1]}\\u003E"}}'
+    for size in (1, 5, 100):
+        parts = [written[at : at + size] for at in range(0, len(written), size)]
+        begin = Delta(tool_calls=(ToolPiece(index=0, id="c", name="mail"),))
+        deltas = [begin, *(Delta(tool_calls=(ToolPiece(index=0, arguments=part),)) for part in parts)]
+        door.turns.scripts = [ScriptedAnswer(*deltas, LAST)]
+        answered = await door.send(request)
+        assert isinstance(answered, list)
+        joined = "".join(piece.arguments for delta in answered for piece in delta.tool_calls)
+        assert json.loads(joined) == {"to": "anna@example.org"}
