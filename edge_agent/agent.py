@@ -21,7 +21,7 @@ from edge_agent.cache.answers import AnswerCache, by_chance
 from edge_agent.cache.base import Scope
 from edge_agent.caller import ANYONE, Caller
 from edge_agent.cascade import Trial, cascaded
-from edge_agent.offload import Offload
+from edge_agent.offload import Offload, Withheld
 from router.cascade_rules import CascadeRules
 from router.confidence import Judged
 from router.decide import Decision, decide
@@ -58,8 +58,8 @@ class Terms:
 class Agent:
     """One answer made of two: the model on this device and, unless `offload` is None, the cloud.
 
-    `policy`, `device` and `spent` (by a tenant) are asked anew for each request, and `record` is told before anything
-    else can run; a request keeps the policy that it was decided by.
+    `policy`, `device` and `spent` (by a tenant, with a key) are asked anew for each request, and `record` is told
+    before anything else can run; a request keeps the policy that it was decided by.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Agent:
         cache: AnswerCache | None = None,
         listeners: tuple[Listener, ...] = (),
         record: Callable[[str, Recorded], None] | None = None,
-        spent: Callable[[str], Spent] = lambda _: NOTHING_SPENT,
+        spent: Callable[[str, str], Spent] = lambda *_: NOTHING_SPENT,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -109,7 +109,8 @@ class Agent:
             policy,
             prompt_tokens=prompt_tokens,
             tenant=tenant,
-            spent=self._spent(tenant),
+            key=caller.key,
+            spent=self._spent(tenant, caller.key),
             scenario=caller.scenario,
         )
         device, link = self._device(request.model), self.link()
@@ -146,8 +147,8 @@ class Agent:
         decision, edge = plan.decision, plan.record.device.model
         terms = Terms(caller, plan.policy, decision.label)
         route, began = self._route(decision.target, decision.reason, edge), False
-        if decision.redact:
-            request = msgspec.structs.replace(request, label="redact")
+        if decision.label != request.label:  # what was decided travels with it, to the door and to what keeps prompts
+            request = msgspec.structs.replace(request, label=decision.label)
         rules = plan.policy.cascade if decision.escalates else None
         if rules is None:
             answer = self._relay(request, route, terms)
@@ -160,7 +161,8 @@ class Agent:
                     yield delta
             return
         except CausewayError as error:
-            if began or not error.retryable or decision.fallback is None:
+            made_good = error.retryable or isinstance(error, Withheld)
+            if began or not made_good or decision.fallback is None:
                 raise
             route = self._stand_in(decision, decision.fallback, error, edge)
         async with aclosing(self._relay(request, route, terms)) as deltas:

@@ -98,12 +98,14 @@ class Device:
         pace: Callable[[], Pace] = Pace,
         metered: Callable[[], bool | None] = lambda: None,
         local_time: Callable[[], time.struct_time] = time.localtime,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._pace = pace
         self._metered = metered
         self._local = local
         self._sensors = sensors
         self._local_time = local_time
+        self._clock = clock
         self.machine = Machine()
 
     async def refresh(self) -> None:
@@ -138,6 +140,7 @@ class Device:
             temperature_c=self.machine.temperature_c,
             online=self.machine.online,
             metered=self._metered(),
+            at=self._clock(),
             weekday=WEEKDAYS[now.tm_wday],
             hour=now.tm_hour + now.tm_min / 60,
         )

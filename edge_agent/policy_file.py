@@ -11,7 +11,8 @@ import structlog
 from edge_agent.watching import ticks
 from router.defaults import default_policy
 from router.document import MAX_BYTES, Problem
-from router.policy import InvalidPolicy, Policy, parse
+from router.observe import usable
+from router.policy import InvalidPolicy, Policy
 
 POLL_S = 2.0
 SETTLE_S = 0.1
@@ -86,7 +87,7 @@ class PolicyFile:
         """Remembers the content before judging it: one bad file is reported once."""
         self._seen = hashlib.sha256(content).digest()
         name = self._path.name if self._path else "policy"
-        return Snapshot(parse(content, name=name), name, content)
+        return Snapshot(usable(content, name=name), name, content)
 
 
 def _read(path: Path) -> bytes:

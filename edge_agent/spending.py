@@ -1,4 +1,4 @@
-"""What the cloud has cost today, by tenant: so that a decision can be held against a budget.
+"""What the cloud has cost today, by tenant and by key: so that a decision can be held against a budget.
 
 A request under way counts for what it may cost, so that a burst cannot spend the same money twice; once it has ended,
 for what it did cost. Each counts for the day on which it was decided, which ends at midnight of the device's clock.
@@ -25,32 +25,39 @@ class Spending:
         self,
         known: Mapping[str, float] | None = None,
         *,
+        known_by_key: Mapping[str, float] | None = None,
         now: Callable[[], float] = time.time,
         local_time: Callable[[float], time.struct_time] = time.localtime,
     ) -> None:
-        """`known` is what was spent today before, by tenant."""
+        """`known` is what was spent today before, by tenant; `known_by_key` the same by key."""
         self._now, self._local_time = now, local_time
         self._day = self._day_of(now())
         self._by_tenant = dict(known or {})
+        self._by_key = dict(known_by_key or {})
         self._aside: dict[str, float] = {}
 
     @classmethod
     def remembered(cls, journal: Path, *, now: Callable[[], float] = time.time) -> Self:
         """Goes on from what the journal has of today."""
         year, month, day, *_ = time.localtime(now())
+        midnight = time.mktime((year, month, day, 0, 0, 0, 0, 0, -1))
+        known, by_key = dict[str, float](), dict[str, float]()
         try:
-            known = costs(journal, since=time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)))
+            known, by_key = costs(journal, since=midnight), costs(journal, since=midnight, by="key")
         except FileNotFoundError:
-            known = {}
+            pass
         except (OSError, sqlite3.Error) as error:
             log = structlog.get_logger("causeway.spending")
             log.warning("what was spent today is not known, counted from now on", error=str(error))
-            known = {}
-        return cls(known, now=now)
+        return cls(known, known_by_key=by_key, now=now)
 
-    def spent(self, tenant: str) -> Spent:
+    def spent(self, tenant: str, key: str = "") -> Spent:
         self._turn()
-        return Spent(day=sum(self._by_tenant.values()), tenant=self._by_tenant.get(tenant, 0.0))
+        return Spent(
+            day=sum(self._by_tenant.values()),
+            tenant=self._by_tenant.get(tenant, 0.0),
+            key=self._by_key.get(key, 0.0),
+        )
 
     def begun(self, request_id: str, record: Recorded) -> None:
         """What it may cost is set aside, once."""
@@ -74,8 +81,8 @@ class Spending:
     def _add(self, record: Recorded, amount: float) -> None:
         self._turn()
         if amount and self._day_of(record.at) == self._day:
-            tenant = record.request.tenant
-            self._by_tenant[tenant] = max(0.0, self._by_tenant.get(tenant, 0.0) + amount)
+            for sums, whose in ((self._by_tenant, record.request.tenant), (self._by_key, record.request.key)):
+                sums[whose] = max(0.0, sums.get(whose, 0.0) + amount)
 
     def _turn(self) -> None:
         """Forget yesterday."""
@@ -83,6 +90,7 @@ class Spending:
         if today != self._day:
             self._day = today
             self._by_tenant.clear()
+            self._by_key.clear()
 
     def _day_of(self, at: float) -> Day:
         year, month, day, *_ = self._local_time(at)

@@ -1,4 +1,4 @@
-"""The command line: `router check`, `explain`, `replay`, `calibrate`, `report`, `schema`."""
+"""The command line: `router check|explain|replay|calibrate|train|report|schema`; each says more with `--help`."""
 
 import dataclasses
 import json
@@ -16,13 +16,14 @@ from rich.table import Table
 from router.calibrate import calibrate, section
 from router.calibrate import read as read_outcomes
 from router.cascade_rules import CascadeRules, Hold
+from router.conditions import WEEKDAYS
 from router.decide import Decision, decide
 from router.defaults import default_policy
 from router.document import MAX_BYTES
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, estimate_tokens
 from router.money import Price, spelled
-from router.observe import observe
-from router.policy import InvalidPolicy, Policy, json_schema, parse
+from router.observe import observe, usable
+from router.policy import InvalidPolicy, Policy, json_schema
 from router.records import MAX_ROWS, read
 from router.replay import plain, replay, said
 from shared.errors import BadRequest, CausewayError
@@ -61,6 +62,9 @@ def explain(
     cloud_model: Annotated[str, typer.Option(help="The cloud model's name.")] = "cloud-model",
     cloud_context: Annotated[int, typer.Option(min=1, help="Its context, in tokens.")] = 8192,
     round_trip_ms: Annotated[float | None, typer.Option(min=0, help="To the cloud and back.")] = None,
+    at: Annotated[
+        datetime | None, typer.Option(help="For schedules: the local time, else unknown.", formats=["%Y-%m-%dT%H:%M"])
+    ] = None,
     cloud_down: Annotated[bool, typer.Option("--cloud-down", help="Not connected.")] = False,
     no_cloud: Annotated[bool, typer.Option("--no-cloud", help="None configured.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -71,7 +75,13 @@ def explain(
     tokens = estimate_tokens(request) if prompt_tokens is None else prompt_tokens
     features = observe(request, chosen, prompt_tokens=tokens)
     device = DeviceReading(
-        model=edge_model, context_length=edge_context, queue_depth=queue_depth, queue_capacity=queue_capacity
+        model=edge_model,
+        context_length=edge_context,
+        queue_depth=queue_depth,
+        queue_capacity=queue_capacity,
+        at=None if at is None else at.timestamp(),
+        weekday=None if at is None else WEEKDAYS[at.weekday()],
+        hour=None if at is None else at.hour + at.minute / 60,
     )
     link = LinkReading(
         connected=not cloud_down,
@@ -166,6 +176,17 @@ def write_report(
     typer.echo(f"written: {out}")
 
 
+@app.command("train", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def train_difficulty(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Learn the weights of the difficulty anew from outcome tables, or measure them: `router train --help`."""
+    try:
+        from router import train
+    except ImportError as error:
+        typer.echo(f"training needs the extra `train` (pip install causeway[train]): {error}", err=True)
+        raise typer.Exit(1) from None
+    train.main(arguments or [])
+
+
 @app.command()
 def schema() -> None:
     """The JSON Schema of a policy file, for editors."""
@@ -181,7 +202,7 @@ def _load(file: Path) -> Policy:
     with file.open("rb") as stream:
         source = stream.read(MAX_BYTES + 1)
     try:
-        return parse(source, name=str(file))
+        return usable(source, name=str(file))
     except InvalidPolicy as invalid:
         lines = source.decode(errors="replace").splitlines()
         for problem in invalid.problems:

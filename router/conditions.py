@@ -146,6 +146,7 @@ class When(Written):
     cloud_cost: Limits | None = _condition(description="predicted cost of the answer from the cloud, by the prices")
     spent_today: Limits | None = _condition(description="what the cloud has cost today, by the prices")
     tenant_spent_today: Limits | None = _condition(description="of that, for the tenant who asks")
+    key_spent_today: Limits | None = _condition(description="of that, with the key that was shown")
     cloud_failure_ratio: Limits | None = _condition(description="share of the latest requests that the cloud failed")
     round_trip_ms: Limits | None = _condition(description="round trip to the cloud")
     battery_percent: Limits | None = _condition(description="charge left in the device's battery")

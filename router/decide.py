@@ -106,8 +106,10 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
 
 
 def label(case: Case) -> Bar | None:
-    if case.request.label != "edge_only":
+    if case.label != "edge_only":
         return None
+    if case.labelled is not None:
+        return Bar("cloud", case.labelled.name, f"{case.labelled.reason}; label edge_only: stays on the device")
     return Bar("cloud", "label", "label edge_only: stays on the device")
 
 
@@ -147,7 +149,7 @@ def mode(case: Case) -> Bar | None:
 def firm_rule(case: Case) -> Bar | None:
     """A rule with `fallback: false`: its target or nobody."""
     match = case.match
-    if match is None or match.rule.fallback:
+    if match is None or match.rule.target is None or match.rule.fallback:
         return None
     return Bar(OTHER[match.rule.target], match.name, match.reason)
 
@@ -199,7 +201,7 @@ def _barred(case: Case) -> Mapping[Target, Bar]:
 def _care(case: Case) -> Label:
     """How carefully this request is handled: the strictest that its label and what was found in it ask for."""
     found, rules = case.request.privacy, case.policy.privacy
-    asked = {case.request.label}
+    asked = {case.label}
     if found.secret or found.undecided is not None:
         asked.add(rules.secrets)
     if found.personal:
@@ -228,7 +230,7 @@ def _refusal(barred: Mapping[Target, Bar]) -> CausewayError:
 
 def _unknown_model(case: Case) -> CausewayError:
     wanted = ascii(case.request.model)
-    cloud_permitted = case.request.label != "edge_only" and case.policy.mode != "only_edge"
+    cloud_permitted = case.label != "edge_only" and case.policy.mode != "only_edge"
     if case.link.configured and case.link.model is None and cloud_permitted:
         return Unreachable(f"no model {wanted} on this device, and the cloud has not said what it has", param="model")
     known = dict.fromkeys(("auto", "edge", "cloud", case.device.model, case.link.model))
@@ -239,7 +241,10 @@ def _unknown_model(case: Case) -> CausewayError:
 
 
 def administrator(case: Case) -> Choice | None:
-    return Choice(case.match.rule.target, case.match.name, (case.match.reason,)) if case.match else None
+    match = case.match
+    return (
+        None if match is None or match.rule.target is None else Choice(match.rule.target, match.name, (match.reason,))
+    )
 
 
 def roomier_context(case: Case) -> Choice | None:

@@ -243,9 +243,20 @@ class Difficulty:
 
 
 @functools.cache
+def _shipped() -> Difficulty | InvalidWeights:
+    """What cannot be read is tried once: a request must not wait for that again."""
+    try:
+        return Difficulty.load()
+    except InvalidWeights as error:
+        return error
+
+
 def shipped_difficulty() -> Difficulty:
     """Of the weights the package ships, read at the first call. Raises InvalidWeights."""
-    return Difficulty.load()
+    found = _shipped()
+    if isinstance(found, InvalidWeights):
+        raise found.with_traceback(None)
+    return found
 
 
 def score(texts: Sequence[str]) -> list[float]:

@@ -5,12 +5,15 @@ A new condition is a field of `conditions.When` and a line of FACTS; a test hold
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Final
 
+from router.conditions import WEEKDAYS
 from router.expression import Fact
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, Rule
 from router.predict import Predictions, predict
+from shared.schemas import LABELS, Label
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,14 @@ class Case:
     link: LinkReading
     match: Match | None = None
     """The administrator's rule that applies: see `matched`."""
+    labelled: Match | None = None
+    """The first of those that give the strictest label; None unless it is stricter than the request's own."""
+
+    @property
+    def label(self) -> Label:
+        """The strictest of the request's own, the policy's and its rules'."""
+        given = (self.request.label, self.policy.label, self.labelled.rule.label if self.labelled else "free")
+        return min(given, key=LABELS.index)
 
     @property
     def predictions(self) -> Predictions:
@@ -76,6 +87,7 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "cloud_cost": lambda case: case.predictions.cloud.cost,
     "spent_today": lambda case: case.request.spent.day if case.policy.price else None,
     "tenant_spent_today": lambda case: case.request.spent.tenant if case.policy.price else None,
+    "key_spent_today": lambda case: case.request.spent.key if case.policy.price else None,
     "cloud_failure_ratio": lambda case: case.link.failure_ratio,
     "round_trip_ms": lambda case: _ms(case.link.round_trip_s),
     "battery_percent": lambda case: case.device.battery_percent,
@@ -86,39 +98,49 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "temperature_c": lambda case: case.device.temperature_c,
     "online": lambda case: case.device.online,
     "metered": lambda case: case.device.metered,
-    "weekday": lambda case: case.device.weekday,
-    "hour": lambda case: case.device.hour,
+    "weekday": lambda case: _clock(case)[0],
+    "hour": lambda case: _clock(case)[1],
     "bucket": lambda case: case.request.bucket,
 }
 
 
 def matched(case: Case) -> Case:
-    """The case with the first rule whose conditions hold.
+    """The case with the strictest label that its rules give, and the first rule with a target whose conditions hold.
 
     A rule for the cloud does not apply to an edge_only request, which may not go there.
     """
+    case = _labelled(case)
     for rule in case.policy.rules:
-        if rule.target == "cloud" and case.request.label == "edge_only":
+        if rule.target is None or (rule.target == "cloud" and case.label == "edge_only"):
             continue
-        if (held := _held(rule, case)) is not None:
-            return replace(case, match=Match(rule, f"rule {rule.name}: {held}"))
+        if (match := _matching(rule, case, safe=rule.target == "edge")) is not None:
+            return replace(case, match=match)
     return case
 
 
-def _held(rule: Rule, case: Case) -> str | None:
-    """The facts that were asked for, like `prompt_tokens 1200 > 800`; None unless the rule applies.
+def _labelled(case: Case) -> Case:
+    for rule in case.policy.rules:
+        if rule.label == "free" or LABELS.index(rule.label) >= LABELS.index(case.label):
+            continue
+        if (match := _matching(rule, case, safe=True)) is not None:
+            case = replace(case, labelled=match)
+    return case
+
+
+def _matching(rule: Rule, case: Case, *, safe: bool) -> Match | None:
+    """With the facts that were asked for, like `prompt_tokens 1200 > 800`; None unless the rule's conditions hold.
 
     What was not measured holds for no condition. An expression that fails all the same is taken for the safe side: it
-    applies if it keeps the request on the device.
+    holds if that is `safe`, since it keeps the request on the device or makes its label stricter.
     """
     facts = {name: FACTS[name](case) for name in rule.when.asked}
     holds = rule.when.holds(facts)
-    if holds is None and rule.target == "edge":
-        return "its condition failed"
+    if holds is None and safe:
+        return Match(rule, f"rule {rule.name}: its condition failed")
     if not holds:
         return None
     said = [f"{name} {_spelled(value)}{rule.when.limits(name)}" for name, value in facts.items() if value is not None]
-    return ", ".join(said) or "always"
+    return Match(rule, f"rule {rule.name}: {', '.join(said) or 'always'}")
 
 
 def _spelled(value: float | str | bool) -> str:
@@ -127,6 +149,17 @@ def _spelled(value: float | str | bool) -> str:
     if isinstance(value, str):
         return value
     return f"{round(value, 1):.10g}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def _clock(case: Case) -> tuple[str | None, float | None]:
+    """The day of the week and the hour where the policy's schedules are, else where the device is."""
+    zone, device = case.policy.zone, case.device
+    if zone is None:
+        return device.weekday, device.hour
+    if device.at is None:
+        return None, None
+    there = datetime.fromtimestamp(device.at, zone)
+    return WEEKDAYS[there.weekday()], there.hour + there.minute / 60
 
 
 def _fits(case: Case, context_length: int | None) -> bool | None:

@@ -48,6 +48,8 @@ class RequestFeatures:
     """The difficulty from which the policy's goal sends a request to the cloud, if it has one."""
     tenant: str = ""
     """Whose request it is; empty where clients show no key."""
+    key: str = ""
+    """The id of the key that was shown."""
     bucket: float | None = None
     """In [0, 100), evenly spread over conversations and the same for every request of one."""
     spent: Spent = NOTHING_SPENT
@@ -103,6 +105,8 @@ class DeviceReading:
     """Whether any network beyond the device can be reached at all, by its routes."""
     metered: bool | None = None
     """Whether traffic costs, as the user has set."""
+    at: float | None = None
+    """The time, in seconds since 1970."""
     weekday: str | None = None
     """`mon` to `sun`, and the hour of the day with its fraction, where the device is."""
     hour: float | None = None
@@ -149,6 +153,7 @@ def measure(
     difficulty: float | None = None,
     difficult_from: float | None = None,
     tenant: str = "",
+    key: str = "",
     bucket: float | None = None,
     spent: Spent = NOTHING_SPENT,
     scenario: Class = UNNAMED,
@@ -171,6 +176,7 @@ def measure(
         difficulty=difficulty,
         difficult_from=difficult_from,
         tenant=tenant,
+        key=key,
         bucket=bucket,
         spent=spent,
         scenario=scenario,

@@ -32,6 +32,8 @@ class Spent:
     day: float = 0.0
     tenant: float = 0.0
     """Of that, for the tenant whose request it is."""
+    key: float = 0.0
+    """Of that, with the key that was shown."""
 
 
 NOTHING_SPENT: Final = Spent()
@@ -58,11 +60,15 @@ class Prices(Written):
     cloud: Tariff
 
 
+_WHOSE: Final = ("", " by the tenant", " with this key")
+
+
 class Budgets(Written):
     """What the cloud may cost in a day of the device's clock, in the currency of the prices."""
 
     day: Amount | None = Field(None, description="all requests together")
     tenant_day: Amount | None = Field(None, description="each tenant (without keys, everybody is one)")
+    key_day: Amount | None = Field(None, description="each key of a tenant")
     over: Literal["edge", "refuse"] = Field(
         "edge", description="what would be too much: stays on the device, or is refused if the cloud was to answer"
     )
@@ -75,10 +81,10 @@ class Budgets(Written):
 
     def beyond(self, spent: Spent, cost: float, currency: str) -> str | None:
         """Why a request that may cost this much is one too many; None if it is not."""
-        for whose, limit, so_far in (("day", self.day, spent.day), ("tenant", self.tenant_day, spent.tenant)):
+        limits = (self.day, self.tenant_day, self.key_day)
+        for limit, so_far, whose in zip(limits, (spent.day, spent.tenant, spent.key), _WHOSE, strict=True):
             if limit is not None and so_far + cost > limit:
-                what = "" if whose == "day" else " by the tenant"
-                left = f"{spelled(so_far)} of {spelled(limit)} {currency} spent today{what}"
+                left = f"{spelled(so_far)} of {spelled(limit)} {currency} spent today{whose}"
                 return f"budget: {left}, this may cost {spelled(cost)}"
         return None
 

@@ -2,13 +2,15 @@
 
 import functools
 import hashlib
+import math
 from typing import Final
 
 from router.classes import class_of
 from router.difficulty import Difficulty, Outlook, shipped_difficulty
+from router.document import read
 from router.features import RequestFeatures, measure
 from router.money import NOTHING_SPENT, Spent
-from router.policy import Goal, Policy
+from router.policy import Goal, InvalidPolicy, Policy, parse
 from router.privacy.inspect import CLEAN, inspect
 from router.weights import InvalidWeights
 from shared.schemas import ChatRequest
@@ -22,6 +24,7 @@ def observe(
     *,
     prompt_tokens: int,
     tenant: str = "",
+    key: str = "",
     spent: Spent = NOTHING_SPENT,
     scenario: str | None = None,
 ) -> RequestFeatures:
@@ -41,10 +44,27 @@ def observe(
         difficulty=difficulty,
         difficult_from=difficult_from,
         tenant=tenant,
+        key=key,
         bucket=bucket(request) if policy.asks("bucket") else None,
         spent=spent,
         scenario=class_of(request, scenario, policy.default_class, policy.targets),
     )
+
+
+def usable(source: str | bytes, *, name: str) -> Policy:
+    """The policy written in `source`, as `parse` reads it. Raises InvalidPolicy, too, where it asks for a difficulty
+    that cannot be measured here: nobody could keep its goal."""
+    policy = parse(source, name=name)
+    asking = {"goal": policy.goal is not None, "rules": policy.asks("difficulty")}
+    others = (*map(policy.of, policy.tenants), *([policy.shadowing] if policy.shadowing else []))
+    asking["tenants" if policy.tenants else "shadow"] = any(other.asks_difficulty for other in others)
+    if field := next((field for field, asks in asking.items() if asks), None):
+        try:
+            shipped_difficulty()
+        except InvalidWeights as error:
+            problem = read(source, name=name).problem((field,), f"the difficulty cannot be measured: {error.message}")
+            raise InvalidPolicy(name, (problem,)) from None
+    return policy
 
 
 def bucket(request: ChatRequest) -> float:
@@ -63,6 +83,8 @@ def _difficulty(request: ChatRequest, goal: Goal | None) -> tuple[float | None, 
         return None, None
     said = next((message.content for message in reversed(request.messages) if message.role == "user"), "")
     score = model.score([request.prompt or said])[0]
+    if not math.isfinite(score):
+        return None, None
     return score, None if goal is None else _threshold(goal)
 
 

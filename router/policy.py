@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
+from zoneinfo import ZoneInfo
 
 import pydantic
 from pydantic import (
@@ -49,16 +50,32 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 
 class Rule(Written):
-    """The first rule whose conditions hold says where the request goes."""
+    """The first rule with a target whose conditions hold says where the request goes. Every rule whose conditions hold
+    gives it its label; the strictest counts."""
 
     name: Name = Field(description="shown in the reason of every reply that it decides")
     when: Condition = Field(When(), description="a map of conditions, or one expression; nothing at all means always")
-    target: Target
+    target: Target | None = Field(None, description="where the request goes; without it the rule gives a label only")
+    label: Label = Field("free", description="what the request is labelled at least, wherever another rule sends it")
     fallback: bool = Field(True, description="false: this target or nobody, whatever happens")
 
     @property
     def unconditional(self) -> bool:
-        return self.when == When()
+        """None that comes after it is ever asked where to go."""
+        return self.target is not None and self.when == When()
+
+    @property
+    def labelling(self) -> "Rule":
+        """What is left of it where it may not say where to go."""
+        return self.model_copy(update={"target": None, "fallback": True})
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.target is None and self.label == "free":
+            raise PydanticCustomError("missing", "is required", {"path": ("target",)})
+        if self.target is None and not self.fallback:
+            raise _at(("fallback",), "needs a target")
+        return self
 
 
 Word = Annotated[str, StringConstraints(min_length=2, max_length=MAX_WORD_CHARS, strip_whitespace=True)]
@@ -97,9 +114,18 @@ class PrivacyRules(Written):
     def off(self) -> bool:
         return self.personal == self.secrets == "free"
 
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        """A dictionary that no detector can be made of must not come into force."""
+        try:
+            _ = self.words and self.detector
+        except ValueError as error:
+            raise _at(("words",), str(error)) from None
+        return self
+
     @cached_property
     def detector(self) -> Detector:
-        """Made at the first request that needs it; some 50 ms."""
+        """Made at the first request that needs it, or with a policy that has words; some 50 ms."""
         return Detector(regions=self.regions, only=self.kinds, words=self.words)
 
 
@@ -173,7 +199,13 @@ class Breaker(Written):
         return self
 
 
-_OVERRIDDEN: Final = ("mode", "fallback", "goal", "cascade", "privacy", "default_class")
+_OVERRIDDEN: Final = ("mode", "fallback", "label", "goal", "cascade", "privacy", "default_class")
+
+
+Rules = Annotated[
+    tuple[Rule, ...],
+    Field(max_length=MAX_RULES, description="the first that holds applies", json_schema_extra={"minItems": 1}),
+]
 
 
 class Override(Written):
@@ -182,7 +214,8 @@ class Override(Written):
 
     mode: Mode | None = None
     fallback: Literal["edge", "none"] | None = None
-    rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
+    label: Label | None = None
+    rules: Rules = ()
     goal: Goal | None = None
     cascade: CascadeRules | None = None
     privacy: PrivacyRules | None = None
@@ -195,14 +228,15 @@ class Override(Written):
         if self.budgets is not None:
             given["budgets"] = self.budgets.upon(base.budgets)
         mode, own = given.get("mode", base.mode), {rule.name for rule in self.rules}
-        common = () if self.rules and self.rules[-1].unconditional else base.rules
-        kept = tuple(rule for rule in common if rule.name not in own and _permits(mode, rule))
+        reached = not (self.rules and self.rules[-1].unconditional)
+        common = [rule if reached and _permits(mode, rule) else rule.labelling for rule in base.rules]
+        kept = tuple(rule for rule in common if rule.name not in own and (rule.target or rule.label != "free"))
         same = {name: getattr(base, name) for name in Policy.model_fields}
         return Policy(**{**same, **given, "rules": self.rules + kept, "tenants": {}, **others})
 
 
 def _permits(mode: Mode, rule: Rule) -> bool:
-    return not mode.startswith("only_") or mode == f"only_{rule.target}"
+    return rule.target is None or not mode.startswith("only_") or mode == f"only_{rule.target}"
 
 
 class Policy(Written):
@@ -213,7 +247,8 @@ class Policy(Written):
     fallback: Literal["edge", "none"] = Field(
         "edge", description="may the edge stand in, before the first token, for a cloud that cannot answer"
     )
-    rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES, description="the first that holds applies")] = ()
+    label: Label = Field("free", description="what every request is labelled at least")
+    rules: Rules = ()
     goal: Goal | None = Field(None, description="for requests that no rule decides: by their learned difficulty")
     cascade: CascadeRules | None = Field(
         None, description="for requests that no rule decides: the edge's answer if it is good enough, else the cloud's"
@@ -238,10 +273,28 @@ class Policy(Written):
         float, Field(gt=0, le=3_600_000, description="a slower link is avoided while the edge can answer")
     ] = 2000.0
     breaker: Breaker = Breaker()
+    timezone: (
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_+-]{1,32}(/[A-Za-z0-9_+-]{1,32}){0,2}$")] | None
+    ) = Field(
+        None, description="whose clock the conditions weekday and hour go by, such as Europe/Berlin; else the device's"
+    )
     tenants: Annotated[dict[TenantName, Override], Field(max_length=MAX_TENANTS)] = Field(
         default_factory=dict, description="what differs for a tenant's requests"
     )
     shadow: Override | None = Field(None, description="decided beside the policy and recorded, never acted on")
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, name: str | None) -> str | None:
+        try:
+            _ = name and ZoneInfo(name)
+        except (KeyError, ValueError, OSError):
+            raise PydanticCustomError("unknown", "no time zone {name}", {"name": shorten(str(name))}) from None
+        return name
+
+    @cached_property
+    def zone(self) -> ZoneInfo | None:
+        return ZoneInfo(self.timezone) if self.timezone else None
 
     @cached_property
     def targets(self) -> Mapping[str, Targets]:
@@ -277,7 +330,8 @@ class Policy(Written):
 
     @cached_property
     def asks_privacy(self) -> bool:
-        return self.asks("personal", "secret") or not self.privacy.off
+        labels = (self.label, *(rule.label for rule in self.rules))
+        return self.asks("personal", "secret") or not self.privacy.off or "redact" in labels
 
     def asks(self, *facts: str) -> bool:
         """Whether some rule asks for one of them."""
@@ -287,13 +341,15 @@ class Policy(Written):
     def _coherent(self) -> Self:
         """Every rule has its own name and can apply; `only_*` is contradicted by none."""
         first_with: dict[str, int] = {}
+        last = len(self.rules)
         for number, rule in enumerate(self.rules):
             if first_with.setdefault(rule.name, number) != number:
                 raise _at(("rules", number, "name"), f"rules[{first_with[rule.name]}] has this name")
             if not _permits(self.mode, rule):
                 raise _at(("rules", number, "target"), f"mode {self.mode} never sends a request there")
-            if number and self.rules[number - 1].unconditional:
-                raise _at(("rules", number), f"never reached: rules[{number - 1}] has no conditions")
+            if number > last and rule.target is not None:
+                raise _at(("rules", number), f"never reached: rules[{last}] has no conditions")
+            last = min(last, number) if rule.unconditional else last
         if (aimless := _aimless(self)) is not None:
             raise _at(("budgets",), aimless)
         if self.default_class is not None and self.default_class not in self.targets:
@@ -310,8 +366,8 @@ def _aimless(policy: Policy) -> str | None:
     budgets = policy.budgets
     if budgets is None:
         return None
-    if budgets.day is None and budgets.tenant_day is None:
-        return "give day or tenant_day"
+    if budgets.day is None and budgets.tenant_day is None and budgets.key_day is None:
+        return "give day, tenant_day or key_day"
     return "without prices nobody can tell what was spent" if policy.prices is None else None
 
 
@@ -330,9 +386,19 @@ def parse(source: str | bytes, *, name: str = "policy") -> Policy:
     """
     document = read(source, name=name)
     try:
-        return Policy.model_validate(document.value)
+        policy = Policy.model_validate(document.value)
     except pydantic.ValidationError as error:
         raise InvalidPolicy(name, tuple(sorted(_problem(document, detail) for detail in error.errors()))) from None
+    if empty := sorted(document.problem(path, "no rule is given; leave it out") for path in _empty_lists(document)):
+        raise InvalidPolicy(name, tuple(empty))
+    return policy
+
+
+def _empty_lists(document: Document) -> list[Path]:
+    """Lists of rules that somebody began, or that a template left behind: not to be taken for "no rules"."""
+    tenants = [path for path in document.marks if len(path) == 2 and path[0] == "tenants"]
+    places: list[Path] = [("rules",), ("shadow", "rules"), *((*tenant, "rules") for tenant in tenants)]
+    return [path for path in places if path in document.marks and (*path, 0) not in document.marks]
 
 
 def json_schema() -> dict[str, Any]:

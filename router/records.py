@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -109,14 +109,14 @@ class Recorded:
         )
 
 
-def costs(path: Path, *, since: float) -> dict[str, float]:
-    """What the recorded requests have cost since then, by tenant. Raises OSError or sqlite3.Error where the file cannot
-    be read."""
+def costs(path: Path, *, since: float, by: Literal["tenant", "key"] = "tenant") -> dict[str, float]:
+    """What the recorded requests have cost since then, by tenant or by the key that was shown. Raises OSError or
+    sqlite3.Error where the file cannot be read."""
     if not path.is_file():
         raise FileNotFoundError(f"no journal at {path}")
-    tenant, cost = "json_extract(text, '$.request.tenant')", "json_extract(text, '$.outcome.cost')"
+    whose, cost = f"json_extract(text, '$.request.{by}')", "json_extract(text, '$.outcome.cost')"
     rows = "SELECT CAST(recorded AS TEXT) AS text FROM decisions WHERE at >= ?"
-    summed = f"SELECT {tenant}, total({cost}) FROM ({rows}) WHERE json_valid(text) GROUP BY 1"  # noqa: S608 - constants
+    summed = f"SELECT {whose}, total({cost}) FROM ({rows}) WHERE json_valid(text) GROUP BY 1"  # noqa: S608 - constants
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         return {name or "": sum_ for name, sum_ in database.execute(summed, (since,))}
 

@@ -57,6 +57,13 @@ def new_key(file: Path, tenant: str, *, now: datetime, random: Callable[[int], b
     return f"cw_{key_id}_{secret}"
 
 
+def key_id(headers: Mapping[str, str]) -> str:
+    """The id of the key that is shown, which is no secret; empty if it is none of ours. It may be valid or not."""
+    shown = headers.get("authorization", headers.get("x-api-key", ""))[:MAX_CREDENTIAL]
+    token = _TOKEN.fullmatch(shown.rpartition(" ")[2])
+    return token[1] if token else ""
+
+
 class Keys:
     """The keys of one file, followed as it changes. A change that cannot be read is logged and the old keys stay."""
 

@@ -11,7 +11,7 @@ from edge_agent.api.anthropic.write import error_body as anthropic_error
 from edge_agent.api.ollama import routes as ollama
 from edge_agent.api.ollama.models import add_models
 from edge_agent.api.ollama.write import error_body as ollama_error
-from edge_agent.api.openai import Keyring, answers, embeds, openai_app, tenant_of
+from edge_agent.api.openai import Keyring, answers, caller_of, embeds, openai_app, tenant_of
 from edge_agent.api.plan import add_route_plan
 from edge_agent.api.responses import routes as responses
 from edge_agent.api.responses.store import ResponseStore
@@ -39,7 +39,7 @@ def edge_app(daemon: Daemon, *, keys: Keyring | None, guard: Guard, administrato
     may_pull = partial(administrators.require, role="activate")
     add_models(app, daemon.local, lambda: model_cards(daemon), may_ask=answer_for, may_pull=may_pull)
     responses.add_responses(app, partial(tenant_of, keys), answer_for, ResponseStore())
-    add_route_plan(app, partial(tenant_of, keys), daemon.agent)
+    add_route_plan(app, partial(caller_of, keys), daemon.agent)
     return app
 
 

@@ -1,6 +1,7 @@
 """The OpenAI surface of the edge: the shared routes over this device's Agent."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from fastapi import FastAPI
@@ -12,6 +13,7 @@ from shared.embeddings import Embed
 from shared.errors import UnknownModel
 from shared.guard import Guard, Shape
 from shared.http import create_app
+from shared.keys import key_id
 from shared.replies import error_body
 from shared.schemas import Answer
 
@@ -46,12 +48,18 @@ def tenant_of(keys: Keyring | None, headers: Mapping[str, str]) -> str:
     return keys.tenant_of(headers) if keys is not None else ""
 
 
+def caller_of(keys: Keyring | None, headers: Mapping[str, str]) -> Caller:
+    """Who asks, and how urgently. Raises Unauthorized."""
+    tenant = tenant_of(keys, headers)
+    return Caller(tenant, key_id(headers) if tenant else "", scenario=headers.get(CLASS_HEADER))
+
+
 def answers(daemon: Daemon, keys: Keyring | None) -> Callable[[Mapping[str, str]], Answer]:
     """By a request's headers, who answers it: on every surface."""
 
     def answer_for(headers: Mapping[str, str]) -> Answer:
         wishes = parse_control(headers.get("cache-control"))
-        return daemon.intake.of(Caller(tenant_of(keys, headers), wishes, scenario=headers.get(CLASS_HEADER)))
+        return daemon.intake.of(replace(caller_of(keys, headers), cache=wishes))
 
     return answer_for
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from edge_agent.agent import Agent, Plan
-from edge_agent.caller import CLASS_HEADER, Caller
+from edge_agent.caller import Caller
 from shared.errors import CausewayError
 from shared.openai import parse_chat
 from shared.replies import error_body, error_object
@@ -17,17 +17,16 @@ from shared.surface import Asked, Endpoint, Reply, Work
 PATH = "/v1/route"
 
 
-def add_route_plan(app: FastAPI, tenant_of: Callable[[Mapping[str, str]], str], agent: Agent) -> None:
-    def begin(tenant: str, asked: Asked) -> Work:
+def add_route_plan(app: FastAPI, caller_of: Callable[[Mapping[str, str]], Caller], agent: Agent) -> None:
+    def begin(caller: Caller, asked: Asked) -> Work:
         (request, *_) = parse_chat(asked.body, request_id=asked.id, label=asked.label).requests
-        caller = Caller(tenant, scenario=asked.headers.get(CLASS_HEADER))
 
         async def work(reply: Reply) -> None:
             await reply.whole(msgspec.json.encode(plan_object(await agent.plan(request, caller))))
 
         return work
 
-    app.router.routes.append(Route(PATH, Endpoint(tenant_of, begin, source="edge", shape=error_body), methods=["POST"]))
+    app.router.routes.append(Route(PATH, Endpoint(caller_of, begin, source="edge", shape=error_body), methods=["POST"]))
 
 
 def plan_object(plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from edge_agent.policies.canary import Canary, Limits
 from edge_agent.policies.history import History, Version
 from edge_agent.policy_file import PolicyFile, Snapshot
 from router.defaults import default_policy
-from router.observe import bucket
+from router.observe import bucket, usable
 from router.policy import Policy, parse
 from shared.errors import BadRequest, CausewayError, RequestConflict
 from shared.schemas import ChatRequest
@@ -88,7 +88,7 @@ class PolicyCenter:
     def propose(self, source: str, who: str, why: str) -> Version:
         """Keep a policy as a new version, which is not yet in force. Raises InvalidPolicy."""
         _check_why(why)
-        policy = parse(source, name="policy")
+        policy = usable(source, name="policy")
         return self.history.propose(source.encode(), policy.fingerprint, who, why)
 
     def activate(self, number: int, who: str, why: str) -> Snapshot:

@@ -27,7 +27,7 @@ from shared.errors import (
     UpstreamFailed,
     from_code,
 )
-from shared.schemas import ChatRequest, Delta, Route
+from shared.schemas import ChatRequest, Delta, Route, Sampling
 from shared.telemetry import RequestFinished
 
 PREFER_CLOUD = "mode: prefer_cloud\nfirst_token_timeout_s: 5\n"
@@ -333,7 +333,7 @@ def test_edge_only_puts_nothing_on_the_wire(
     here: Any, there: Any, mode: str, model: str, tokens: int, available: bool
 ) -> None:
     """Promise 3: whatever fails, however long the prompt, whoever is asked for: the cloud's backend is not called."""
-    edge = Edge(here, there, policy=f"mode: {mode}\nrules: []")
+    edge = Edge(here, there, policy=f"mode: {mode}")
     edge.local.tokens = tokens
     edge.local.runtime.available = available
 
@@ -486,3 +486,31 @@ async def test_a_shadow_that_refuses_hurts_nobody() -> None:
 
     assert plan.record.target == "edge"
     assert plan.record.shadow == Shadowed(refused="policy_denied")
+
+
+async def test_what_cannot_be_redacted_is_answered_here() -> None:
+    """A stop string that placeholders make too long: nothing is sent, and the device stands in, visibly."""
+    edge = Edge()
+    stop = "a@b.cc " * 30
+    request = ChatRequest(
+        id="r1", model="auto", messages=ask("hello").messages, sampling=Sampling(stop=(stop,)), label="redact"
+    )
+
+    deltas, error = await collect(edge.agent, request)
+
+    assert error is None
+    assert text_of(deltas) == "from here"
+    assert edge.remote is not None
+    assert not edge.remote.seen
+    assert deltas[0].route is not None
+    assert deltas[0].route.reason.startswith("cloud policy_denied: it could not be redacted")
+
+
+async def test_the_label_that_was_found_travels_with_the_request() -> None:
+    """What the detector says must stay reaches the local model as edge_only: so its prompt is not kept on disk."""
+    edge = Edge(policy=PREFER_CLOUD + "privacy: {secrets: edge_only}")
+
+    deltas, _ = await collect(edge.agent, ask("AKIA" + "ABCDEFGH" * 2))
+
+    assert text_of(deltas) == "from here"
+    assert [request.label for request in edge.local.inner.requests] == ["edge_only"]  # type: ignore[attr-defined]

@@ -9,7 +9,8 @@ from structlog.testing import capture_logs
 
 from edge_agent import policy_file as module
 from edge_agent.policy_file import PolicyFile
-from router.policy import InvalidPolicy
+from router.policy import InvalidPolicy, parse
+from router.records import Recorded
 
 EDGE, CLOUD = "mode: only_edge\n", "mode: prefer_cloud\n"
 BAD = "mode: prefer_cloud\nrules:\n  - name: a\n    whem: {}\n    target: edge\n"
@@ -149,10 +150,12 @@ async def test_a_file_that_never_rests_is_refused(tmp_path: Path, monkeypatch: p
 
 
 async def test_a_hundred_reloads_under_load(tmp_path: Path) -> None:
-    """Policies good and bad come and go while requests run: each ends well, under the policy it was decided by."""
+    """Policies good and bad come and go while requests run: each ends well, and its record names the version that it
+    was decided by."""
     policy = policy_file(tmp_path, EDGE)
     daemon = daemon_over(Turns(HERE), Turns(THERE), policy)
-    stop, answers = asyncio.Event(), []
+    stop, answers, records = asyncio.Event(), [], list[Recorded]()
+    daemon.experience._keep = records.append
 
     async def client(name: int) -> None:
         while not stop.is_set():
@@ -172,3 +175,6 @@ async def test_a_hundred_reloads_under_load(tmp_path: Path) -> None:
     assert not any(error for _, error in answers)
     routed = [(deltas[0].route.target, "".join(delta.text for delta in deltas)) for deltas, _ in answers]  # type: ignore[union-attr]
     assert set(routed) == {("edge", "from here"), ("cloud", "from there")}
+    named = {(record.policy, record.target) for record in records}
+    assert named == {(parse(EDGE).fingerprint, "edge"), (parse(CLOUD).fingerprint, "cloud")}
+    assert len(records) == len(answers)

@@ -3,7 +3,8 @@
 import asyncio
 import random
 import time
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from edge_agent.policies.center import PolicyCenter
 from edge_agent.policies.history import History
 from edge_agent.policies.signer import Signer
 from router.policy import InvalidPolicy
-from shared.errors import CausewayError
+from shared.errors import CausewayError, Overloaded, UpstreamFailed
+from shared.schemas import ChatRequest, Delta
 from shared.streams import ClientRules
 
 REQUESTS, CLIENTS = 1000, 20
@@ -39,9 +41,28 @@ POLICIES = (
 )
 
 
-async def break_things(proxy: Proxy, daemon: Daemon, chance: random.Random) -> None:
-    """The network, the cache and the policy, one after another, until cancelled."""
+class Breakable:
+    """The cloud's engine: while `broken` it fails before its first token, in the middle, or never begins."""
+
+    def __init__(self) -> None:
+        self.inner, self.broken, self.failed = EchoAnswer("cloud"), False, 0
+
+    async def answer(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        broken = self.broken
+        self.failed += broken
+        if broken and self.failed % 2:
+            raise Overloaded("broken for this test")
+        async with aclosing(self.inner.answer(request)) as deltas:
+            async for delta in deltas:
+                yield delta
+                if broken:
+                    raise UpstreamFailed("broken for this test")
+
+
+async def break_things(proxy: Proxy, daemon: Daemon, cloud: Breakable, chance: random.Random) -> None:
+    """The cloud, the network, the cache and the policy, one after another, until cancelled."""
     while True:
+        cloud.broken = chance.random() < 0.3
         match chance.randrange(5):
             case 0:
                 proxy.cut()
@@ -82,8 +103,8 @@ async def client(daemon: Daemon, number: int, chance: random.Random) -> list[Cau
 
 async def test_a_thousand_private_requests_put_nothing_on_the_wire(tmp_path: Path) -> None:
     """While the network, the cache and the policy are broken and exchanged at random; free requests do cross it."""
-    chance = random.Random(11)
-    endpoint = SocketEndpoint(answer_for=lambda _: EchoAnswer("cloud"), authenticate=lambda _: "tenant")
+    chance, engine = random.Random(11), Breakable()
+    endpoint = SocketEndpoint(answer_for=lambda _: engine, authenticate=lambda _: "tenant")
     history = History(tmp_path / "policies.db", Signer(b"k" * 32))
     async with (
         served(Starlette(routes=[endpoint.route()]), drain=endpoint.aclose) as port,
@@ -95,13 +116,13 @@ async def test_a_thousand_private_requests_put_nothing_on_the_wire(tmp_path: Pat
         local = Local(EchoAnswer())
         cache = AnswerCache(Store((MemoryLayer(1 << 20),)))
         daemon = put_together(local, cloud, PolicyCenter(None, history), cache=cache)
-        breaking = asyncio.create_task(break_things(proxy, daemon, chance))
+        breaking = asyncio.create_task(break_things(proxy, daemon, engine, chance))
         try:
             ended = await asyncio.gather(*(client(daemon, number, chance) for number in range(CLIENTS)))
         finally:
             breaking.cancel()
             await asyncio.gather(breaking, return_exceptions=True)
-        proxy.refuse = proxy.black_hole = False
+        proxy.refuse = proxy.black_hole = engine.broken = False
         healed = daemon.policy.propose("mode: prefer_cloud\nbreaker: {cool_down_s: 0.1}", "test", "peace")
         daemon.policy.activate(healed.number, "test", "peace")
         async with asyncio.timeout(60):
@@ -118,6 +139,7 @@ async def test_a_thousand_private_requests_put_nothing_on_the_wire(tmp_path: Pat
     assert proxy.happened["cut"] > 0
     assert len(proxy.connections) > 1
     assert exchanged > 1
+    assert engine.failed > 1
     assert FREE.encode() in wire(proxy)
     assert PRIVATE.encode() not in wire(proxy)
     texts: Any = [request.messages[0].content for request in local.inner.requests]  # type: ignore[attr-defined]

@@ -172,6 +172,20 @@ async def test_each_tenant_has_its_own(tmp_path: Path) -> None:
     ]
 
 
+async def test_each_key_of_a_tenant_has_its_own(tmp_path: Path) -> None:
+    """Also after a restart; whoever asks with another key of the same tenant is not held up."""
+    path, rules = tmp_path / "journal.db", POLICY.replace("day: 1", "key_day: 0.1")
+    for targets in (["cloud", "edge", "cloud"], ["edge", "edge", "edge"]):
+        spending, journal = Spending.remembered(path), Journal(path)
+        daemon = daemon_for(tmp_path, ScriptedAnswer(LAST), rules, journal=journal, spending=spending)
+        found = []
+        for number, key in enumerate(["k1", "k1", "k2"]):
+            deltas = [delta async for delta in daemon.intake.answer(ask(id=str(number)), Caller("a", key))]
+            found.append(deltas[-1].route.target if deltas[-1].route else "")
+        journal.close()
+        assert found == targets
+
+
 async def test_a_restart_remembers(tmp_path: Path) -> None:
     """The day's sum comes back from the journal, and goes on barring."""
     path = tmp_path / "journal.db"

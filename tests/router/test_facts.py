@@ -77,6 +77,7 @@ def test_every_condition_has_its_fact():
         ("cloud_cost", None, None),
         ("spent_today", None, None),
         ("tenant_spent_today", None, None),
+        ("key_spent_today", None, None),
         ("weekday", "tue", None),
         ("hour", 13.5, None),
         ("bucket", 7.25, 7.25),

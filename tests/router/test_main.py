@@ -1,10 +1,13 @@
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
 
+import router
 from router.__main__ import app
 from router.policy import json_schema, parse
 
@@ -108,6 +111,31 @@ def test_explain_a_refusal():
 def test_explain_refuses_bad_options(option, value):
     """A value that no request could have is a usage error."""
     assert run("explain", "--prompt", "x", option, value).exit_code == 2
+
+
+def test_explain_a_schedule(tmp_path):
+    """With the time given, rules on it are tried; without, they do not hold."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "mode: prefer_edge\nrules: [{name: night, when: {hour: {'>=': 22}, weekday: sat}, target: cloud}]\n"
+    )
+    args = ("--prompt", "hello", "--policy", str(file))
+    assert explain(*args, "--at", "2026-11-21T22:30")["rule"] == "rule night"
+    assert explain(*args, "--at", "2026-11-22T22:30")["rule"] == explain(*args)["rule"] == "mode"
+    assert run("explain", *args, "--at", "tonight").exit_code == 2
+
+
+def test_train_is_handed_on_whole(monkeypatch):
+    """With its own options; without the extra that it needs, one line says which."""
+    seen = []
+    monkeypatch.setattr(router, "train", SimpleNamespace(main=seen.append), raising=False)
+    assert run("train", "build", "--data", "tables", "--help").exit_code == 0
+    assert seen == [["build", "--data", "tables", "--help"]]
+    monkeypatch.delattr(router, "train")
+    monkeypatch.setitem(sys.modules, "router.train", None)
+    missing = run("train", "build")
+    assert missing.exit_code == 1
+    assert "extra `train`" in missing.stderr
 
 
 def test_schema():

@@ -102,6 +102,18 @@ def test_a_tenant_may_have_more_of_the_days_money() -> None:
     assert budgets.of("other").budgets == Budgets(day=5.0, tenant_day=1.0, over="refuse")
 
 
+def test_a_keys_own_money() -> None:
+    """One key that has spent its part is barred, the tenant's others go on; the reason and a condition tell of it."""
+    budgets = policy("{day: 5, key_day: 1}")
+    poor, rich = replace(ASK, spent=Spent(day=2, tenant=2, key=1)), replace(ASK, spent=Spent(day=2, tenant=2))
+    barred = decide(poor, budgets, device=DEVICE, link=LINK)
+    assert barred.reason == "budget: 1.00 of 1.00 EUR spent today with this key, this may cost 0.002"
+    assert decide(rich, budgets, device=DEVICE, link=LINK).target == "cloud"
+    rule = policy("{day: 5}", more="rules: [{name: r, when: 'key_spent_today > 0.5', target: edge}]")
+    assert decide(poor, rule, device=DEVICE, link=LINK).reason == "rule r: key_spent_today 1"
+    assert decide(rich, rule, device=DEVICE, link=LINK).target == "cloud"
+
+
 def test_conditions_on_money() -> None:
     """The predicted cost and what was spent are facts, said in reasons; unknown without prices."""
     rules = 'rules: [{name: dear, when: {cloud_cost: {">": 0.001}, spent_today: {">=": 0.5}}, target: edge}]'
@@ -116,7 +128,7 @@ def test_conditions_on_money() -> None:
     ("source", "field", "message"),
     [
         ("budgets: {day: 5}", "budgets", "without prices nobody can tell"),
-        (PRICES + "budgets: {over: refuse}", "budgets", "give day or tenant_day"),
+        (PRICES + "budgets: {over: refuse}", "budgets", "give day, tenant_day"),
         (PRICES + "budgets: {day: -1}", "budgets.day", "greater than or equal to 0"),
         (PRICES + "budgets: {day: .nan}", "budgets.day", "finite"),
         (PRICES + "budgets: {dya: 1}", "budgets.dya", "did you mean day?"),
@@ -124,7 +136,7 @@ def test_conditions_on_money() -> None:
         ("prices: {}", "prices.cloud", "is required"),
         ("prices: {cloud: {input_per_milion: 1}}", "prices.cloud", "did you mean input_per_million?"),
         (PRICES.replace("EUR", "euro"), "prices.cloud.currency", "must match"),
-        (PRICES + "tenants: {lab: {budgets: {over: refuse}}}", "tenants.lab.budgets", "give day or tenant_day"),
+        (PRICES + "tenants: {lab: {budgets: {over: refuse}}}", "tenants.lab.budgets", "give day, tenant_day"),
     ],
 )
 def test_mistakes_are_named_where_they_stand(source: str, field: str, message: str) -> None:

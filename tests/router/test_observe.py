@@ -1,9 +1,14 @@
 """What is measured of a request depends on what its policy asks about."""
 
+import math
+from collections.abc import Sequence
+
 import pytest
 
+import router.difficulty
 import router.observe
-from router.features import RequestFeatures
+from router.decide import decide
+from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.observe import observe
 from router.policy import parse
 from router.weights import InvalidWeights
@@ -83,3 +88,37 @@ def test_a_bucket_is_a_conversations_own() -> None:
     drawn = [observed(rule, text=f"question {n}").bucket or 0 for n in range(2000)]
     assert all(0 <= one < 100 for one in drawn)
     assert 150 < sum(one < 10 for one in drawn) < 250
+
+
+def test_a_score_that_is_no_number_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negated condition would hold of it: so nobody is told of it, and the safe side is taken."""
+
+    class Odd:
+        def score(self, texts: Sequence[str]) -> list[float]:
+            return [math.nan for _ in texts]
+
+    monkeypatch.setattr(router.observe, "shipped_difficulty", Odd)
+    assert observed("goal: {cloud_share: 0.5}").difficulty is None
+    policy = parse("mode: prefer_edge\nrules: [{name: r, when: '!(difficulty < 0.9)', target: cloud}]")
+    request = ChatRequest(id="r", model="auto", messages=(Message(role="user", content="hi"),))
+    features = observe(request, policy, prompt_tokens=1)
+    device, link = DeviceReading(model="small", context_length=4096), LinkReading(model="large")
+    assert decide(features, policy, device=device, link=link).target == "edge"
+
+
+def test_weights_that_cannot_be_read_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request does not wait for the same failure again."""
+    tried = []
+
+    def load() -> None:
+        tried.append(1)
+        raise InvalidWeights("cut short")
+
+    monkeypatch.setattr(router.difficulty.Difficulty, "load", load)
+    router.difficulty._shipped.cache_clear()
+    try:
+        for _ in range(3):
+            assert observed("goal: {cloud_share: 0.5}").difficulty is None
+    finally:
+        router.difficulty._shipped.cache_clear()
+    assert tried == [1]

@@ -7,7 +7,7 @@ import pytest
 
 from shared.config import InvalidSettings
 from shared.errors import Unauthorized
-from shared.keys import Keys, new_key
+from shared.keys import Keys, key_id, new_key
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
@@ -157,3 +157,11 @@ def test_changes_are_followed(file: Path) -> None:
     assert keys.tenant_of(bearer(two)) == "b"
     file.unlink()
     assert keys.tenant_of(bearer(two)) == "b"
+
+
+def test_the_id_of_a_key_tells_which_one_was_shown(file: Path) -> None:
+    """From either header; nothing of a credential of another shape, which may be a secret whole."""
+    key = new_key(file, "a", now=NOW)
+    assert key_id(bearer(key)) == key_id({"x-api-key": key}) == key.split("_")[1]
+    for other in ("", "sk-" + "a" * 40, key + "x", "cw_1_2", key[:-1]):
+        assert key_id(bearer(other)) == ""
