@@ -17,7 +17,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from router.cascade import Hearing, describe, join
+from router.cascade import AGREEMENT, Hearing, describe, join
 from router.difficulty import Encoder, Heads
 from router.outcomes import EXPERTS, Answers, Rows
 from router.wording import Wording, read
@@ -27,6 +27,7 @@ BITS = 16
 VECTOR = 64
 TREES = 120
 WORDS = 30_000
+OPTIONAL = frozenset({"choice", "many_choices"})  # experts for questions with options to choose from
 BY_WORDS = frozenset({"choice"})  # experts that hear the word vectors; the others do as well or better without
 # Per expert: the penalty of its linear logits (the inverse of C), and the blend of logits, trees and n-grams.
 PENALTY = {"choice": 2000.0, "many_choices": 3000.0, "arithmetic": 600.0, "code": 1000.0, "contest": 150.0}
@@ -190,7 +191,9 @@ def _fit_logit(x: Array, share: Array, weight: Array, penalty: float) -> Array:
     return np.asarray(np.r_[fitted.coef_[0], fitted.intercept_])
 
 
-def _fit_trees(x: Array, gain: Array, weight: Array, seed: int) -> tuple[Array, Array, Array]:
+def _fit_trees(
+    x: Array, gain: Array, weight: Array, seed: int, monotone: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Boosted trees of depth 3 in heap order: feature, limit (TREES, 7), leaf (TREES, 8); tree 0 holds the mean."""
     options = {
         "max_iter": TREES,
@@ -198,6 +201,7 @@ def _fit_trees(x: Array, gain: Array, weight: Array, seed: int) -> tuple[Array, 
         "max_depth": 3,
         "min_samples_leaf": 30,
         "l2_regularization": 10.0,
+        "monotonic_cst": monotone,
     }
     fitted = HistGradientBoostingRegressor(**options, max_features=0.4, early_stopping=False, random_state=seed).fit(
         x, gain, weight
@@ -264,24 +268,24 @@ def hear(rows: Rows, encoded: Encoded, answers: Answers, at: Array, peers: int) 
     """Inputs of the cascade per answer of a pair whose rows in `rows` are `at`, had `peers` models given an opinion."""
     measures = len(read("").measures)
     described = [
-        describe(len(rows.query[row]), answers.answer[number], answers.signals(number, peers))
+        describe(rows.query[row], answers.answer[number], answers.signals(number, peers))
         for number, row in enumerate(at)
     ]
     return np.array([join(encoded.dense[row], measures, each) for row, each in zip(at, described, strict=True)])
 
 
-def fit_hearing(inputs: Array, gain: Array, expert: Array, weight: Array, seed: int) -> Hearing:
-    """One forest over all and a ridge regression per expert; one without answers borrows that of many choices."""
-    feature, limit, leaf = _fit_trees(inputs, gain, weight, seed)
-    mean, spread = inputs.mean(0), inputs.std(0) + 1e-6
-    standard = np.clip((inputs - mean) / spread, -6, 6)
-    linear = np.zeros((inputs.shape[1] + 1, len(EXPERTS)))
-    for number in np.unique(expert):
-        own = expert == number
-        fitted = Ridge(alpha=0.3 * own.sum()).fit(standard[own], gain[own], weight[own])
-        linear[:-1, number], linear[-1, number] = fitted.coef_, fitted.intercept_
-    linear[:, EXPERTS.index("choice")] = linear[:, EXPERTS.index("many_choices")]
-    return Hearing(feature[None].astype(np.int16), limit[None], leaf[None], mean, spread, linear, np.array([4.0, -1.0]))
+def fit_hearing(inputs: Array, gain: Array, expert: Array, seed: int) -> Hearing:
+    """A forest over the answers to questions with options and one over all others; each expert has that of its kind.
+    An answer that others agree with is never thought worse of for it."""
+    monotone = np.zeros(inputs.shape[1], np.int64)
+    monotone[inputs.shape[1] - len(describe("", "", {})) + AGREEMENT] = -1
+    optional = np.isin(expert, [EXPERTS.index(name) for name in OPTIONAL])
+    forests = [
+        _fit_trees(inputs[own], gain[own], np.ones(int(own.sum())), seed, monotone) for own in (optional, ~optional)
+    ]
+    own = [forests[name not in OPTIONAL] for name in EXPERTS]
+    feature, limit, leaf = (np.array(side) for side in zip(*own, strict=True))
+    return Hearing(feature.astype(np.int16), limit, leaf, np.array([4.0, -1.0]))
 
 
 def calibrate(gain: Array, needed: Array, weight: Array) -> Array:

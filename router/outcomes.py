@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from router.answer import plain, silent
+
 Floats = NDArray[np.float64]
 _PASSAGE = 300  # characters of opening that two long questions must share to be taken for questions on one passage ...
 _TEMPLATE = 30  # ... unless more than this many share them: then it is an instruction before every question of a table
@@ -138,22 +140,27 @@ HEARD = (
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Per question of a Heard pair, in the order of its `Rows`: the edge's final answer and what is known of it."""
+    """Per question of a Heard pair, in the order of its `Rows`: the edge's final answer and what is known of it.
+
+    compared, peers: final answers of the edge and of each peer in the form of `answer.plain`.
+    """
 
     answer: list[str]
+    compared: list[str]
     chars: Floats
     weak: Floats
     strong: Floats
-    opinions: list[list[str]]  # per peer
+    peers: list[list[str]]
 
     def signals(self, at: int, peers: int) -> dict[str, float]:
         """What `score_after` would be told of row `at` had `peers` local models been asked for a second opinion."""
         known: dict[str, float] = {"answer_chars": float(self.chars[at])}
         if peers:
-            given = [opinion[at] for opinion in self.opinions[:peers]]
-            own = self.answer[at]
+            own, given = self.compared[at], [peer[at] for peer in self.peers[:peers]]
+            others = Counter(other for other in given if other not in ("", own))
             known["agreement"] = sum(own != "" and other == own for other in given) / peers
-            known["silent"] = sum(other == "" for other in given) / peers
+            known["silent"] = given.count("") / peers
+            known["dissent"] = max(others.values(), default=0) / peers
             known["peers"] = float(peers)
         return known
 
@@ -165,11 +172,12 @@ def load_answers(folder: Path, heard: Heard) -> Answers:
 
     def final(model: str) -> list[str]:
         found = [str(text or "").strip() for text in table[f"pred:{model}"]]
-        return ["" if text.lower() in {"none", "nan"} else text for text in found]
+        return ["" if silent(text) else text for text in found]
 
+    answer, *peers = (final(model) for model in (heard.weak, *heard.peers))
+    compared = [list(map(plain, each)) for each in (answer, *peers)]
     weak, strong = (np.array(table[f"ok:{model}"], float) for model in (heard.weak, heard.strong))
-    chars = np.array(table[f"chars:{heard.weak}"], float)
-    return Answers(final(heard.weak), chars, weak, strong, [final(peer) for peer in heard.peers])
+    return Answers(answer, compared[0], np.array(table[f"chars:{heard.weak}"], float), weak, strong, compared[1:])
 
 
 def _soften(own: Floats, table: dict[str, list[float]], kin: tuple[str, ...]) -> Floats:

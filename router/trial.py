@@ -68,7 +68,7 @@ def told(rows: Rows, encoded: Encoded, folder: Path) -> Told:
 
 def hear_all(rows: Rows, all_told: Told, keep: Array, seed: int) -> Hearing:
     gain = (all_told.strong - all_told.weak)[keep]
-    return fit_hearing(all_told.inputs[keep], gain, rows.expert[all_told.at[keep]], np.ones(len(gain)), seed)
+    return fit_hearing(all_told.inputs[keep], gain, rows.expert[all_told.at[keep]], seed)
 
 
 def hear_out_of_fold(rows: Rows, all_told: Told, gates: Array, fold: Array, seed: int) -> Array:

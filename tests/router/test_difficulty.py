@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router import wording
-from router.cascade import SIGNALS, Cascade, final_answer
+from router.cascade import SIGNALS, Cascade
 from router.difficulty import Difficulty, score, score_after, walk
 from router.weights import InvalidWeights
 from shared.errors import BadRequest
@@ -247,6 +247,18 @@ def test_agreement_lowers_and_dissent_raises_the_need(cascade: Cascade) -> None:
     assert 0 < agreed < differed < 1
 
 
+@pytest.mark.parametrize("query", [MEDICINE, SUM, CODE, HELLO])
+@pytest.mark.parametrize("answer", ["A", "7", "['a', 'b']", ""])
+def test_more_agreement_never_raises_the_need(cascade: Cascade, query: str, answer: str) -> None:
+    """All else alike, the score falls or stays as more second opinions agree, and somewhere it falls."""
+    known = {"answer_chars": 300.0, "peers": 2.0, "dissent": 0.0}
+
+    needed = [cascade.score(query, answer, {**known, "agreement": share}) for share in (0.0, 0.5, 1.0)]
+
+    assert needed == sorted(needed, reverse=True)
+    assert needed[0] > needed[-1]
+
+
 def test_the_cascade_works_on_what_little_is_known() -> None:
     """With no signal the answer alone is scored, an empty one included."""
     assert 0 < score_after(SUM, "") < 1
@@ -261,6 +273,7 @@ def test_the_cascade_works_on_what_little_is_known() -> None:
         ({"answer_chars": float("nan")}, "signals.answer_chars"),
         ({"answer_chars": float("inf")}, "signals.answer_chars"),
         ({"silent": -0.1}, "signals.silent"),
+        ({"dissent": 2.0}, "signals.dissent"),
     ],
 )
 def test_bad_signals_are_refused_by_name(signals: dict[str, float], param: str) -> None:
@@ -276,23 +289,3 @@ def test_bad_signals_are_refused_by_name(signals: dict[str, float], param: str) 
 def test_every_answer_gets_a_finite_score(answer: str, signals: dict[str, float]) -> None:
     """Any answer with any signals in range yields a probability."""
     assert 0 < score_after(SUM, answer, signals) < 1
-
-
-@pytest.mark.parametrize(
-    ("text", "final"),
-    [
-        ("42", "42"),
-        ("  B ", "B"),
-        ("We add three and four and so, working it through with care, we find that \\boxed{7} holds.", "7"),
-        (
-            'Long reasoning, which goes on for a good while before it ends. {"reasoning": "...", "answer": "1,234"}',
-            "1,234",
-        ),
-        ("After a good deal of thought over the options given above the answer is (C). Indeed.", "C"),
-        ("There are 12 eggs a dozen and she has three dozens of them in her basket, which makes 36", "36"),
-        ("A long text which states no number and marks nothing at all as what it comes down to.", ""),
-    ],
-)
-def test_the_final_answer_is_found(text: str, final: str) -> None:
-    """A short answer is itself; a long one is what it marks as its answer, else its last number, else nothing."""
-    assert final_answer(text) == final

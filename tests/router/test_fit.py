@@ -5,8 +5,9 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from router.cascade import AGREEMENT, describe
 from router.difficulty import Difficulty, Encoder
-from router.fit import BITS, VECTOR, Encoded, calibrate, fit_heads
+from router.fit import BITS, VECTOR, Encoded, calibrate, fit_heads, fit_hearing
 from router.outcomes import EXPERTS, Rows, apgr, groups
 from router.wording import read
 
@@ -75,3 +76,24 @@ def test_calibration_recovers_the_probability() -> None:
 
     assert calibrate(gain, needed, np.ones(20_000)) == pytest.approx([2.0, -1.0], abs=0.1)
     assert calibrate(-gain, needed, np.ones(20_000))[0] > 0
+
+
+def test_the_cascade_learns_from_agreement_and_keeps_kinds_apart() -> None:
+    """Where agreement tells right from wrong, the forest of that kind of question hears it, and no other does."""
+    rng = np.random.default_rng(6)
+    described = describe("", "", {})
+    inputs = np.zeros((2000, 20 + len(described)))
+    agreed = inputs[:, 20 + AGREEMENT] = (rng.random(2000) < 0.5).astype(float)
+    expert = np.arange(2000) % 2 + 1  # many_choices, arithmetic
+    gain = np.where(expert == 1, 1 - agreed, 0.3)
+
+    hearing = fit_hearing(inputs, gain, expert, seed=1)
+
+    def said(name: str, agreement: float) -> float:
+        heard = np.zeros(inputs.shape[1])
+        heard[20 + AGREEMENT] = agreement
+        return hearing.gain(heard, np.array([float(name == each) for each in EXPERTS]))
+
+    assert said("choice", 0.0) == said("many_choices", 0.0) > 0.9
+    assert said("many_choices", 1.0) < 0.1
+    assert said("code", 0.0) == said("arithmetic", 1.0) == pytest.approx(0.3)

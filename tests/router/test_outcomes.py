@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.outcomes import Rows, apgr, call_share, curve, groups, stem
+from router.answer import plain
+from router.outcomes import Answers, Rows, apgr, call_share, curve, groups, stem
 
 PASSAGE = "It was the best of times, it was the worst of times, " * 10
 
@@ -81,3 +82,25 @@ def test_the_curve_starts_at_the_edge_and_ends_at_the_cloud() -> None:
     assert (cost[0], cost[-1]) == (0, 1)
     assert (quality[0], quality[-1]) == (weak.mean(), strong.mean())
     assert call_share(weak, strong, score, 0.5) == pytest.approx(12.5)
+
+
+def test_what_the_others_said_becomes_signals() -> None:
+    """Agreement is by value, dissent is the largest group of others with one answer, silence is no answer."""
+    edge, *peers = [[plain(text)] for text in ("1,200", "1200.0", "7", "7.0", "")]
+    answers = Answers(["1,200"], edge, np.array([90.0]), np.zeros(1), np.ones(1), peers)
+
+    assert answers.signals(0, 0) == {"answer_chars": 90.0}
+    assert answers.signals(0, 1) == {
+        "answer_chars": 90.0,
+        "agreement": 1.0,
+        "silent": 0.0,
+        "dissent": 0.0,
+        "peers": 1.0,
+    }
+    assert answers.signals(0, 4) == {
+        "answer_chars": 90.0,
+        "agreement": 0.25,
+        "silent": 0.25,
+        "dissent": 0.5,
+        "peers": 4.0,
+    }
