@@ -1,10 +1,11 @@
-"""The command line of the cloud: `serve`, `keys new`, `bench`, `bench-serve`. torch is loaded only when needed."""
+"""The command line of the cloud: `serve`, `keys new`, `fleet`, `bench`, `bench-serve`. torch is loaded if needed."""
 
 import asyncio
 import os
 import socket
 import ssl
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ import typer
 from prometheus_client import CollectorRegistry
 
 from cloud_engine.bench.commands import SeveralValues, bench, bench_serve
+from cloud_engine.fleet_commands import fleet_app
+from cloud_engine.gateway.fleet import Fleet
 from cloud_engine.gateway.pool import Pool
 from cloud_engine.gateway.server import Backend, Gateway
 from cloud_engine.gateway.upstream import Timeouts, Upstream
@@ -26,11 +29,13 @@ from shared.keys import Keys, new_key
 from shared.models import default_store, model_name, resolve, verify
 from shared.serving import bind, check_bind
 from shared.serving import serve as serve_app
+from shared.signing import public_key
 from shared.telemetry import RequestLog, set_up_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 keys_app = typer.Typer(no_args_is_help=True, help="The keys that clients show.")
 app.add_typer(keys_app, name="keys")
+app.add_typer(fleet_app, name="fleet")
 app.command(cls=SeveralValues)(bench)
 app.command(cls=SeveralValues)(bench_serve)
 
@@ -65,6 +70,9 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="sequences in one batch")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="token budget of one step")] = None,
     concurrent: Annotated[int | None, typer.Option(help="requests at once of one tenant")] = None,
+    fleet_policies: Annotated[Path | None, typer.Option(help="folder of signed policies for edges")] = None,
+    fleet_key: Annotated[Path | None, typer.Option(help="the public key they are signed by")] = None,
+    fleet_admins: Annotated[Path | None, typer.Option(help="keys of who may publish them over HTTP")] = None,
     tls_cert: Annotated[Path | None, typer.Option()] = None,
     tls_key: Annotated[Path | None, typer.Option()] = None,
     log_level: Annotated[str | None, typer.Option()] = None,
@@ -75,8 +83,9 @@ def serve(
     check_bind(settings.host, tls=settings.tls is not None, keys=settings.keys is not None)
     set_up_logging(settings.log_level)
     key_file = Keys(settings.keys, source="cloud") if settings.keys else None
+    fleet = _fleet(settings)
     with bind(settings.host, settings.port) as listener:
-        asyncio.run(_serve(settings, _backend(settings), key_file, listener))
+        asyncio.run(_serve(settings, _backend(settings), key_file, fleet, listener))
 
 
 @keys_app.command("new")
@@ -139,15 +148,19 @@ def _upstream(settings: CloudSettings) -> Upstream | Pool:
     return members[0] if len(members) == 1 else Pool(members)
 
 
-async def _serve(settings: CloudSettings, engine: Backend, keys: Keys | None, listener: socket.socket) -> None:
+async def _serve(
+    settings: CloudSettings, engine: Backend, keys: Keys | None, fleet: Fleet | None, listener: socket.socket
+) -> None:
     await engine.start()
     try:
-        await _serve_started(settings, engine, keys, listener)
+        await _serve_started(settings, engine, keys, fleet, listener)
     finally:
         await engine.aclose()
 
 
-async def _serve_started(settings: CloudSettings, engine: Backend, keys: Keys | None, listener: socket.socket) -> None:
+async def _serve_started(
+    settings: CloudSettings, engine: Backend, keys: Keys | None, fleet: Fleet | None, listener: socket.socket
+) -> None:
     registry = CollectorRegistry()
     gateway = Gateway(
         engine,
@@ -158,17 +171,26 @@ async def _serve_started(settings: CloudSettings, engine: Backend, keys: Keys | 
         guard=settings.guard(),
         registry=registry,
         listeners=(RequestLog(),),
+        fleet=fleet,
     )
-    await serve_app(
-        gateway.app,
-        settings.host,
-        settings.port,
-        tls=settings.tls,
-        drain=lambda: gateway.drain(settings.drain_s),
-        drain_s=settings.drain_s + CLOSE_S,
-        ws_max_size=MAX_FRAME,
-        listener=listener,
-    )
+    async with fleet.followed() if fleet else nullcontext():
+        await serve_app(
+            gateway.app,
+            settings.host,
+            settings.port,
+            tls=settings.tls,
+            drain=lambda: gateway.drain(settings.drain_s),
+            drain_s=settings.drain_s + CLOSE_S,
+            ws_max_size=MAX_FRAME,
+            listener=listener,
+        )
+
+
+def _fleet(settings: CloudSettings) -> Fleet | None:
+    if settings.fleet_policies is None or settings.fleet_key is None:
+        return None
+    admins = Keys(settings.fleet_admins, source="cloud") if settings.fleet_admins else None
+    return Fleet(settings.fleet_policies, public_key(settings.fleet_key, "fleet_key"), admins)
 
 
 def _resolved(model: str) -> Path:

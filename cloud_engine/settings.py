@@ -119,8 +119,17 @@ class CloudSettings(Settings):
     draft_patience: Seconds = 60.0
     """How long a request with a drafter outside may stand still between two drafts."""
 
+    fleet_policies: Path | None = None
+    """A folder of signed policies (`cloud-engine fleet sign`) for edges that ask for them; followed as it changes."""
+    fleet_key: Path | None = None
+    """The public key, in PEM, that they are checked by here too."""
+    fleet_admins: Path | None = None
+    """Keys of who may see and publish them over HTTP, for owners `ROLE.NAME`: read, propose or activate."""
+
     concurrent: Count = 64
     """Of one tenant: requests at once."""
+    connections: Annotated[int, Field(ge=1, le=1 << 16)] = 64
+    """Of one tenant: edges connected at once."""
     requests_per_minute: Count = 0
     tokens_per_minute: Count = 0
 
@@ -128,6 +137,14 @@ class CloudSettings(Settings):
     def _tls_is_whole(self) -> "CloudSettings":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise PydanticCustomError("tls", "tls_cert and tls_key belong together")
+        return self
+
+    @model_validator(mode="after")
+    def _fleet_is_whole(self) -> "CloudSettings":
+        if (self.fleet_policies is None) != (self.fleet_key is None):
+            raise PydanticCustomError("fleet", "fleet_policies and fleet_key belong together")
+        if self.fleet_admins is not None and self.fleet_policies is None:
+            raise PydanticCustomError("fleet", "fleet_admins needs fleet_policies")
         return self
 
     @model_validator(mode="after")
@@ -186,7 +203,7 @@ class CloudSettings(Settings):
         )
 
     def tenant_limits(self) -> TenantLimits:
-        return TenantLimits(self.concurrent, self.requests_per_minute, self.tokens_per_minute)
+        return TenantLimits(self.concurrent, self.requests_per_minute, self.tokens_per_minute, self.connections)
 
     def guard(self) -> Guard:
         hosts = frozenset(name.lower() for name in self.hosts)

@@ -19,6 +19,7 @@ from edge_agent.intake import Intake
 from edge_agent.journal import Journal
 from edge_agent.offload import Offload
 from edge_agent.policies.center import PolicyCenter
+from edge_agent.policies.fleet import FleetFollower
 from edge_agent.reload import Changes, LiveSettings
 from edge_agent.settings import EdgeSettings
 from edge_agent.spending import Spending
@@ -46,6 +47,7 @@ class Daemon:
     live: LiveSettings
     embedder: Embedder | None = None
     cache: AnswerCache | None = None
+    follower: FleetFollower | None = None
 
     async def reload(self) -> Changes:
         """Read policy and settings again; says what became of the settings. Raises InvalidPolicy or InvalidSettings:
@@ -65,6 +67,7 @@ def put_together(
     embedder: Embedder | None = None,
     cache: AnswerCache | None = None,
     spending: Spending | None = None,
+    follower: FleetFollower | None = None,
 ) -> Daemon:
     live = live or LiveSettings(EdgeSettings())
     registry, counts = CollectorRegistry(), RouteCounts()
@@ -96,6 +99,7 @@ def put_together(
         live=live,
         embedder=embedder,
         cache=cache,
+        follower=follower,
     )
     registry.register(Gauges(daemon))
     return daemon

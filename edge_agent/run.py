@@ -26,8 +26,9 @@ from edge_agent.journal import Journal
 from edge_agent.models.library import Library, Rules
 from edge_agent.models.memory import machine_memory
 from edge_agent.policies.center import PolicyCenter
+from edge_agent.policies.fleet import FleetFollower
 from edge_agent.policies.history import History
-from edge_agent.policies.signer import device_signer
+from edge_agent.policies.signer import Signer, device_signer
 from edge_agent.reload import LiveSettings, on_hangup
 from edge_agent.settings import EdgeSettings, check
 from edge_agent.spending import Spending
@@ -36,6 +37,7 @@ from shared.guard import Guard
 from shared.keys import Keys
 from shared.models import default_store, resolve
 from shared.serving import announce, serve
+from shared.signing import public_key
 
 
 async def run(settings: EdgeSettings, live: LiveSettings | None = None) -> None:
@@ -50,7 +52,8 @@ async def run(settings: EdgeSettings, live: LiveSettings | None = None) -> None:
 
 
 async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: Held) -> None:
-    history = _history(state)
+    signer = device_signer(state / "audit.key")
+    history = _history(state, signer)
     policy = PolicyCenter(settings.policy, history)
     keys = Keys(settings.keys, source="edge") if settings.keys else None
     token = admin_token(state)
@@ -58,7 +61,8 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
     async with AsyncExitStack() as closing:
         if history is not None:
             closing.callback(history.close)
-        cloud, local = cloud_backend(settings), _local(settings, state)
+        follower = _follower(settings, policy, signer.name) if history is not None else None
+        cloud, local = cloud_backend(settings, follower), _local(settings, state)
         if cloud is not None:
             closing.push_async_callback(cloud.aclose)
             cloud.start()  # connects while the model loads
@@ -74,13 +78,15 @@ async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: 
         cache = await open_cache(settings, state, embedder)
         if cache is not None:
             closing.push_async_callback(cache.aclose)
-        daemon = put_together(local, cloud, policy, journal, live, embedder, cache, spending)
+        daemon = put_together(local, cloud, policy, journal, live, embedder, cache, spending, follower)
         administrators = Administrators(token, state / KEYS_FILE)
         app = edge_app(daemon, keys=access, guard=_guard(settings), administrators=administrators)
         add_admin(app, daemon, token=token, keys_file=state / KEYS_FILE)
         add_console(app)
         closing.enter_context(on_hangup(daemon.reload))
         await closing.enter_async_context(background(daemon.device.watch, policy.watch, live.watch, local.watch))
+        if follower is not None:
+            await closing.enter_async_context(background(follower.watch))
         await serve(
             app,
             settings.host,
@@ -97,9 +103,8 @@ def _announce(url: str, held: Held) -> None:
     announce(url)
 
 
-def _history(state: Path) -> History | None:
-    """None where the state folder cannot be written: then the policy's file alone decides."""
-    signer = device_signer(state / "audit.key")
+def _history(state: Path, signer: Signer) -> History | None:
+    """None where the state folder cannot be written: then the policy's file alone decides, and no fleet."""
     try:
         return History(state / "policies.db", signer)
     except (OSError, sqlite3.Error) as error:
@@ -132,7 +137,15 @@ def _local(settings: EdgeSettings, state: Path) -> Library:
     )
 
 
-def cloud_backend(settings: EdgeSettings) -> CloudBackend | None:
+def _follower(settings: EdgeSettings, policy: PolicyCenter, edge: str) -> FleetFollower | None:
+    """Raises InvalidSettings."""
+    if settings.fleet_key is None or settings.cloud_in_use is None:
+        return None
+    key = public_key(settings.fleet_key, "fleet_key")
+    return FleetFollower(policy, key, edge=edge, group=settings.fleet_group)
+
+
+def cloud_backend(settings: EdgeSettings, follower: FleetFollower | None = None) -> CloudBackend | None:
     """What connects to the cloud, not yet connected; None where no cloud is wanted. Raises InvalidSettings."""
     url = settings.cloud_in_use
     if url is None:
@@ -144,6 +157,7 @@ def cloud_backend(settings: EdgeSettings) -> CloudBackend | None:
         first_token_timeout=None,  # the policy's limit holds, which a reload may change
         keep_connected=True,
         allow_plaintext=settings.allow_plaintext,
+        follower=follower,
         tls=_trust(settings.cloud_ca) if url.startswith("wss:") else None,
     )
 

@@ -32,6 +32,10 @@ class EdgeSettings(Settings):
     """Permit `ws://` to another machine, say inside a VPN: the key and every prompt cross the network in the clear."""
     resume_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 60.0
     """How long a stream that has begun waits for a lost cloud to come back, before it ends with an error."""
+    fleet_key: Path | None = None
+    """The public key, in PEM, of who may send this device policies through its cloud; none: nobody may."""
+    fleet_group: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] = ""
+    """The part of the fleet that this device is in, for policies that are meant for some."""
     no_cloud: bool = False
     """Connect to no cloud, whatever else is set."""
     metered: bool | None = None

@@ -24,6 +24,8 @@ SUBPROTOCOLS: Final = (MSGPACK, JSON)
 
 MAX_FRAME: Final = 64 << 10
 BODY_PIECE: Final = 16 << 10
+MAX_OFFER: Final = 272 << 10
+"""Of a signed policy, as `shared.fleet` makes them."""
 MAX_MESSAGE_CHARS: Final = 1024
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
@@ -35,6 +37,7 @@ Name = Annotated[str, msgspec.Meta(max_length=128)]
 Token = Annotated[str, msgspec.Meta(min_length=16, max_length=128, pattern="^[A-Za-z0-9_-]+$")]
 Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Piece = Annotated[bytes, msgspec.Meta(min_length=1, max_length=BODY_PIECE)]
+OfferPiece = Annotated[bytes, msgspec.Meta(max_length=BODY_PIECE)]
 Window = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 """Credit, in DATA frames."""
 
@@ -55,12 +58,33 @@ class _Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """Base of all frames."""
 
 
+class FleetState(msgspec.Struct, frozen=True, array_like=True):
+    """What an edge that follows a fleet says of its policies. Versions are the fleet's; 0 is none."""
+
+    edge: Name
+    """The device, by a name that it keeps."""
+    group: Name = ""
+    seen: Count = 0
+    """The highest version it ever took: none up to this one is taken again."""
+    using: Count = 0
+    """The one in force. Not `seen` where the device's own administrator, or its guard, put another in its place."""
+    refused: Count = 0
+    """The one that it was offered and will not have."""
+    digest: Name = ""
+    """SHA-256 of the signed bytes of `seen`, in hex: two policies of one version are not one policy."""
+    code: Name = ""
+    """Why `using` is not the newest version that it was offered; empty if it is."""
+    message: Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_CHARS)] = ""
+
+
 class Hello(_Frame, frozen=True, forbid_unknown_fields=False):
     """First frame of a client. Later versions may add fields, so that they can still be told which version we speak."""
 
     vmin: Count
     vmax: Count
     client: Name = ""
+    fleet: FleetState | None = None
+    """Asks for the fleet's policies. A server that has none of them, or never heard of them, says nothing of it."""
 
 
 class Welcome(_Frame, frozen=True):
@@ -182,6 +206,21 @@ class Resumed(_Frame, frozen=True):
     token: Token
 
 
+class Fleet(_Frame, frozen=True):
+    """The edge's state has changed. Only to a server that has sent an OFFER."""
+
+    state: FleetState
+
+
+class Offer(_Frame, frozen=True):
+    """A piece of a signed policy of `length` bytes, for an edge that asked in HELLO. Version 0, empty: nothing new."""
+
+    version: Count
+    length: Count
+    off: Count
+    data: OfferPiece
+
+
 class Ping(_Frame, frozen=True):
     id: Count
 
@@ -198,8 +237,8 @@ class Goaway(_Frame, frozen=True):
     reconnect_after: Seconds
 
 
-ClientFrame = Hello | Open | Body | Ack | Cancel | Resume | Ping | Pong
-ServerFrame = Welcome | Accept | Data | End | Err | Resumed | Ping | Pong | Goaway
+ClientFrame = Hello | Open | Body | Ack | Cancel | Resume | Fleet | Ping | Pong
+ServerFrame = Welcome | Accept | Data | End | Err | Resumed | Offer | Ping | Pong | Goaway
 Frame = ClientFrame | ServerFrame
 
 

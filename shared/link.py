@@ -8,6 +8,7 @@ No I/O, no clock.
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from shared.connection import Close, Connection, close_for
 from shared.errors import (
@@ -31,20 +32,34 @@ from shared.frames import (
     Data,
     End,
     Err,
+    Fleet,
+    FleetState,
     Frame,
     Goaway,
     Hello,
     Limits,
+    Offer,
     Ping,
     Pong,
     Resumed,
     Welcome,
     encode_request,
 )
+from shared.offers import Receiving
 from shared.schemas import ChatRequest, Delta, ModelCard
 from shared.streams import ClientRules, Stream, error_of
 
 MAX_CONTROL = 1024
+
+
+class Follower(Protocol):
+    """Who takes a fleet's policies at this edge. Both calls return at once."""
+
+    def state(self) -> FleetState:
+        """What the server is to know; it is told again whenever this has changed."""
+
+    def offered(self, version: int, signed: bytes, wake: Callable[[], None]) -> None:
+        """A policy has come, of which nothing is checked. `wake` is to be called when `state` has changed by it."""
 
 
 class ClientSession:
@@ -53,7 +68,9 @@ class ClientSession:
     `wake` is called when there may be something to send, or a connection to make.
     """
 
-    def __init__(self, rules: ClientRules, client: str, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, rules: ClientRules, client: str, wake: Callable[[], None], follower: Follower | None = None
+    ) -> None:
         self.limits = Limits()
         self.models: tuple[ModelCard, ...] = ()
         """What the server said it serves."""
@@ -75,6 +92,11 @@ class ClientSession:
         self._streams: list[Stream] = []
         self._by_sid: dict[int, Stream] = {}
         self._uploads: deque[Stream] = deque()
+        self._follower = follower
+        self._told: FleetState | None = None
+        self._fleet_known = False
+        """Whether the server of this connection has a fleet: only then may it be told of changes."""
+        self._offer = Receiving()
 
     # --- the application ---
 
@@ -147,7 +169,9 @@ class ClientSession:
         self._wire = Connection(codec, now, MAX_CONTROL)
         self._connected_at = now
         self._highest = 0
-        self._wire.control(Hello(PROTOCOL_VERSION, PROTOCOL_VERSION, self._client), now)
+        self._told = None if self._follower is None else self._follower.state()
+        self._fleet_known, self._offer = False, Receiving()
+        self._wire.control(Hello(PROTOCOL_VERSION, PROTOCOL_VERSION, self._client, self._told), now)
 
     def lost(self, now: float) -> None:
         """The connection ended, for whatever reason. Requests with output wait to be resumed, for a while."""
@@ -235,6 +259,16 @@ class ClientSession:
             self._on_welcome(frame, now)
         elif isinstance(frame, Goaway):
             self.draining, self.reconnect_after = True, frame.reconnect_after
+        elif isinstance(frame, Offer):
+            self._on_offer(frame)
+
+    def _on_offer(self, frame: Offer) -> None:
+        if self._follower is None:
+            raise BadFrame("a policy that nobody asked for", param="frame")
+        self._fleet_known = True
+        signed = self._offer.add(frame)
+        if signed is not None:
+            self._follower.offered(frame.version, signed, self._wake)
 
     def _on_stream_frame(self, frame: Data | End | Accept | Resumed, now: float) -> None:
         stream = self._stream(frame.sid)
@@ -312,7 +346,7 @@ class ClientSession:
         """The next message to send, or None: control frames, then acknowledgements, then request pieces in turn."""
         if self._wire is None:
             return None
-        frame = self._wire.pop_control() or self._next_ack(now) or self._next_body()
+        frame = self._wire.pop_control() or self._next_ack(now) or self._next_state() or self._next_body()
         return None if frame is None else self._wire.codec.encode(frame)
 
     def _next_ack(self, now: float) -> Frame | None:
@@ -320,6 +354,13 @@ class ClientSession:
             if stream.ack_at is not None and stream.ack_at <= now:
                 return stream.ack_frame()
         return None
+
+    def _next_state(self) -> Frame | None:
+        """The fleet's server hears of each change, whoever made it, with what is sent next: a ping at the latest."""
+        if self._follower is None or not self._fleet_known or (state := self._follower.state()) == self._told:
+            return None
+        self._told = state
+        return Fleet(state)
 
     def _next_body(self) -> Frame | None:
         while self._uploads:

@@ -39,9 +39,12 @@ from shared.frames import (
     Data,
     End,
     Err,
+    Fleet,
+    FleetState,
     Frame,
     Goaway,
     Hello,
+    Offer,
     Open,
     Ping,
     Pong,
@@ -52,10 +55,11 @@ from shared.frames import (
     decode_request,
 )
 from shared.link import ClientSession
+from shared.offers import Sending
 from shared.registry import Registry
 from shared.schemas import ChatRequest
 
-__all__ = ["ClientSession", "Event", "Registry", "ServerSession", "Start", "Stop"]
+__all__ = ["ClientSession", "Event", "Registry", "Reported", "ServerSession", "Start", "Stop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,16 @@ class Stop:
     execution: Execution
 
 
-Event = Start | Stop
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """An edge that follows a fleet says what it has of its policies; `session.offer` answers."""
+
+    session: "ServerSession"
+    tenant: str
+    state: FleetState
+
+
+Event = Start | Stop | Reported
 
 
 @dataclass(slots=True)
@@ -100,6 +113,11 @@ class ServerSession:
         self._uploads: dict[int, _Upload] = {}
         self._highest = 0
         self._events: list[Event] = []
+        self._follows = False
+        """Whether the client asked for the fleet's policies."""
+        self._offered = False
+        self._offer: Sending | None = None
+        self._last: Frame | None = None
 
     @property
     def closing(self) -> Close | None:
@@ -130,6 +148,8 @@ class ServerSession:
             raise BadFrame("HELLO must come first", param="frame")
         elif isinstance(frame, Ping):
             self._wire.control(Pong(frame.id), now)
+        elif isinstance(frame, Fleet):
+            self._on_fleet(frame.state)
         elif isinstance(frame, Open | Body | Ack | Cancel | Resume):
             self._on_stream_frame(frame, now)
 
@@ -138,6 +158,14 @@ class ServerSession:
             raise BadFrame("HELLO must come once", param="frame")
         self._greeted, self.client = True, frame.client
         self._wire.control(Welcome(PROTOCOL_VERSION, self._registry.epoch, self._rules.limits, self._rules.models), now)
+        if frame.fleet is not None:
+            self._follows = True
+            self._on_fleet(frame.fleet)
+
+    def _on_fleet(self, state: FleetState) -> None:
+        if not self._follows:
+            raise BadFrame("HELLO named no fleet", param="frame")
+        self._events.append(Reported(self, self._tenant, state))
 
     def _on_stream_frame(self, frame: Open | Body | Ack | Cancel | Resume, now: float) -> None:
         """A breach here costs only the stream it names."""
@@ -277,8 +305,25 @@ class ServerSession:
 
     def next_message(self, now: float) -> bytes | str | None:
         """The next message to send, or None. Control before data; streams in turn, those without credit skipped."""
-        frame = self._wire.pop_control() or self._next_data(now)
+        frame = self._wire.pop_control() or self._next_bulk(now)
         return None if frame is None else self._wire.codec.encode(frame)
+
+    def _next_bulk(self, now: float) -> Frame | None:
+        """Output and a policy on its way in turn, a frame each: neither waits for the end of the other."""
+        self._last = (
+            self._next_data(now) or self._next_offer()
+            if isinstance(self._last, Offer)
+            else self._next_offer() or self._next_data(now)
+        )
+        return self._last
+
+    def _next_offer(self) -> Offer | None:
+        if self._offer is None or self._wire.closing is not None:
+            return None
+        frame = self._offer.frame()
+        if self._offer.over:
+            self._offer = None
+        return frame
 
     def _next_data(self, now: float) -> Data | End | Err | None:
         if self._wire.closing is not None:
@@ -330,6 +375,16 @@ class ServerSession:
     def _end_stream(self, sid: int, error: CausewayError, now: float) -> None:
         self._drop(sid, now)
         self._wire.control(Err.of(error, sid), now)
+
+    # --- the fleet ---
+
+    def offer(self, version: int, signed: bytes) -> None:
+        """Send a policy to an edge that said `fleet`; it takes the place of another one on its way. Version 0, empty:
+        there is nothing new, which is said once so that the edge knows that somebody listens."""
+        if (not version and self._offered) or (self._offer is not None and self._offer.version == version):
+            return
+        self._offered, self._offer = True, Sending(version, signed)
+        self.wake()
 
     # --- its end ---
 

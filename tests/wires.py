@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from shared.executions import Execution, Rules
 from shared.frames import MSGPACK, Codec, Err
+from shared.link import Follower
 from shared.registry import Registry
 from shared.schemas import ChatRequest, Delta
-from shared.session import ClientSession, ServerSession, Start, Stop
+from shared.session import ClientSession, Reported, ServerSession, Start, Stop
 from shared.streams import ClientRules, Stream
 
 
@@ -52,18 +53,23 @@ class World:
     """A client, a server, and at most one cable that the client believes in."""
 
     def __init__(
-        self, subprotocol: str = MSGPACK, rules: Rules | None = None, client_rules: ClientRules | None = None
+        self,
+        subprotocol: str = MSGPACK,
+        rules: Rules | None = None,
+        client_rules: ClientRules | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self.now = 0.0
         self.subprotocol = subprotocol
         self.rules = rules or Rules()
         self._numbers = itertools.count(1)
-        self.client = ClientSession(client_rules or ClientRules(), "test", lambda: None)
+        self.client = ClientSession(client_rules or ClientRules(), "test", lambda: None, follower)
         self.cable: Cable | None = None
         self.cables: list[Cable] = []
         """All that the server believes in."""
         self.started: list[tuple[Execution, ChatRequest]] = []
         self.stopped: list[Execution] = []
+        self.reported: list[Reported] = []
         self.seen: Counter[str] = Counter()
         """Which frames arrived at the client, by name and code, and which faults happened."""
         self.restart()
@@ -113,6 +119,8 @@ class World:
                     self.started.append((event.execution, event.request))
                 elif isinstance(event, Stop):
                     self.stopped.append(event.execution)
+                else:
+                    self.reported.append(event)
 
     def deliver_down(self, cable: Cable, messages: list[bytes | str]) -> None:
         for message in messages:

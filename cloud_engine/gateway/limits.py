@@ -15,6 +15,8 @@ class TenantLimits:
     concurrent: int = 64
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
+    connections: int = 64
+    """WebSockets at once, each of them an edge."""
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cloud_engine.gateway.fleet import Fleet
+from cloud_engine.gateway.fleet_admin import fleet_routes
 from cloud_engine.gateway.limits import Limiter, TenantLimits
 from cloud_engine.gateway.names import VIRTUAL_MODELS
 from cloud_engine.gateway.socket import SocketEndpoint
@@ -88,6 +90,7 @@ class Gateway:
     """Everything between a socket and the engine. `app` is the ASGI application to serve.
 
     `card` is what the virtual models mean too; `others` may be asked for by name, as an upstream has them.
+    `fleet` holds policies for the edges that ask for them.
     Without `keys`, whoever can connect is the tenant `local`: for loopback only, see `shared.serving.check_bind`.
     """
 
@@ -102,6 +105,7 @@ class Gateway:
         guard: Guard,
         registry: CollectorRegistry,
         listeners: tuple[Listener, ...] = (),
+        fleet: Fleet | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.draining = False
@@ -124,8 +128,12 @@ class Gateway:
             rules=Rules(limits=Limits(max_prompt=guard.max_body), models=self.cards),
             origins=guard.origins,
             listeners=self._listeners,
+            fleet=fleet,
+            max_connections=limits.connections,
         )
         self.app = self._build_app(guard, registry)
+        if fleet is not None and fleet.admins is not None:
+            self.app.router.routes += fleet_routes(fleet, fleet.admins)
 
     async def drain(self, limit_s: float) -> None:
         """Take nothing new; return when nothing runs and the sockets are told, or after `limit_s` seconds."""

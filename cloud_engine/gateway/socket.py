@@ -16,13 +16,14 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from cloud_engine.gateway.connection import SocketConnection
+from cloud_engine.gateway.fleet import Fleet
 from shared.connection import GOING_AWAY
 from shared.errors import BadRequest, CausewayError, Forbidden, Internal, Overloaded, RateLimited
 from shared.executions import Execution, Rules
 from shared.frames import SUBPROTOCOLS, WIRE_PATH, Codec
 from shared.guard import refuse_websocket, typed
 from shared.schemas import Answer, ChatRequest, Delta
-from shared.session import Event, Registry, ServerSession, Start
+from shared.session import Event, Registry, Reported, ServerSession, Start
 from shared.telemetry import Listener, observed
 
 CLOSE_S = 2.0
@@ -44,6 +45,7 @@ class SocketEndpoint:
         rules: Rules | None = None,
         origins: frozenset[str] = frozenset(),
         listeners: tuple[Listener, ...] = (),
+        fleet: Fleet | None = None,
         max_connections: int = 64,
         new_token: Callable[[], str] = lambda: secrets.token_urlsafe(16),
         clock: Callable[[], float] = time.monotonic,
@@ -54,6 +56,7 @@ class SocketEndpoint:
         self._rules = rules or Rules()
         self._origins = origins
         self._listeners = listeners
+        self._fleet = fleet
         self._max_connections = max_connections
         self._clock = clock
         self._registry = Registry(new_token(), self._rules, new_token)
@@ -99,6 +102,8 @@ class SocketEndpoint:
             self._connections.discard(connection)
             self._per_tenant[tenant] -= 1
             connection.session.lost(self._clock())
+            if self._fleet is not None:
+                self._fleet.gone(connection.session)
             self._on_change()
 
     async def drain(self, within: float) -> None:
@@ -149,7 +154,10 @@ class SocketEndpoint:
         return tenant, subprotocol
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, Start):
+        if isinstance(event, Reported):
+            if self._fleet is not None:
+                self._fleet.reported(event)
+        elif isinstance(event, Start):
             task = asyncio.create_task(self._run(event.execution, event.request))
             self._runs[event.execution] = task
             task.add_done_callback(lambda _: self._ended(event.execution))

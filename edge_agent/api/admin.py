@@ -19,13 +19,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, compile_path
 
-from edge_agent.api.administrators import Administrator, Administrators, AdminRoute, Handler
+from edge_agent.api.administrators import Administrators, AdminRoute, Handler
 from edge_agent.api.figures import FigureAdministration
 from edge_agent.api.models import model_routes
 from edge_agent.api.policies import PolicyAdministration
 from edge_agent.daemon import Daemon, health
 from edge_agent.policy_file import Snapshot
-from shared.errors import Forbidden, MethodNotAllowed, NotFound
+from shared.administrators import Administrator
+from shared.errors import MethodNotAllowed, NotFound
 
 Pattern = tuple[tuple[re.Pattern[str], str, dict[str, Convertor[Any]]], AdminRoute]
 
@@ -85,8 +86,7 @@ def _found(patterns: list[Pattern], request: Request, who: Administrator) -> tup
             continue
         takes.add(route.method)
         if route.method == request.method:
-            if not who.may(route.role):
-                raise Forbidden(f"this needs the role {route.role}; {who.name} has {who.role}", source="edge")
+            who.require(route.role, "edge")
             return route.handler, {name: convertors[name].convert(value) for name, value in match.groupdict().items()}
     if takes:
         raise MethodNotAllowed(f"this path takes {' and '.join(sorted(takes))}", source="edge")

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
-from edge_agent.api.administrators import Administrator, AdminRoute
+from edge_agent.api.administrators import AdminRoute
 from edge_agent.daemon import Daemon
 from router.activity import mean_call_cost, summarise
 from router.assess import shipped_assessments
@@ -22,6 +22,7 @@ from router.difficulty import Outlook, shipped_difficulty
 from router.observe import outlook
 from router.policy import Policy
 from router.records import Recorded, read
+from shared.administrators import Administrator
 from shared.errors import NotFound
 
 LATEST = 5000

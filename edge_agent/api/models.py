@@ -5,8 +5,9 @@ from typing import Any
 
 from starlette.requests import Request
 
-from edge_agent.api.administrators import Administrator, AdminRoute
+from edge_agent.api.administrators import AdminRoute
 from edge_agent.backends.base import Loaded, LocalModels
+from shared.administrators import Administrator
 
 
 def model_routes(local: LocalModels) -> Iterator[AdminRoute]:

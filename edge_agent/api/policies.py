@@ -1,9 +1,10 @@
 """Administration of the policy over HTTP: check, replay, propose, try out, activate, roll back; and what it decided.
 
 GET  /admin/policy                    what is in force and on trial, versions and acts, whether their chain holds
+GET  /admin/policy/chain              the same of the whole chain, read anew
 GET  /admin/policy/versions/{number}  one version's text, and how it differs from the one in force
 POST /admin/policy/check              {source}: each mistake with its line; nothing is kept
-POST /admin/policy/replay             {source, last}: what it would have done with the recorded decisions
+POST /admin/policy/replay             {source, last}: what it would have done with the recorded decisions; one at a time
 POST /admin/policy/propose            {source, why}: a new version, not in force
 POST /admin/policy/canary             {version, percent, why, ...}: decides that share of the conversations
 POST /admin/policy/activate           {version, why}
@@ -15,14 +16,15 @@ import asyncio
 import dataclasses
 import difflib
 import sqlite3
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 
-from edge_agent.api.administrators import Administrator, AdminRoute
+from edge_agent.api.administrators import AdminRoute
 from edge_agent.daemon import Daemon
 from edge_agent.policies.canary import FAILED_SHARE, LEAST, Canary, Limits
 from edge_agent.policies.center import NoHistory, PolicyCenter
@@ -32,7 +34,8 @@ from router.document import MAX_BYTES
 from router.policy import InvalidPolicy, Policy, parse
 from router.records import Recorded, newest, read
 from router.replay import plain, replay, said
-from shared.errors import BadRequest, NotFound
+from shared.administrators import Administrator
+from shared.errors import BadRequest, NotFound, RateLimited
 
 REPLAYED = 5000
 LISTED = 200
@@ -80,9 +83,11 @@ class PolicyAdministration:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._center: PolicyCenter = daemon.policy
+        self._long = threading.Lock()
 
     def routes(self) -> Iterator[AdminRoute]:
         yield AdminRoute("GET", "/admin/policy", "read", self.overview)
+        yield AdminRoute("GET", "/admin/policy/chain", "read", self.chain)
         yield AdminRoute("GET", "/admin/policy/versions/{number:int}", "read", self.version)
         yield AdminRoute("POST", "/admin/policy/check", "read", self.check)
         yield AdminRoute("POST", "/admin/policy/replay", "read", self.replay)
@@ -103,9 +108,16 @@ class PolicyAdministration:
                 "source": self._source(),
             },
             "canary": None if canary is None else _canary(canary),
+            "fleet": self._fleet(),
             "you": dataclasses.asdict(who),
             **await asyncio.to_thread(self._history),
         }
+
+    async def chain(self, _: Request, __: Administrator) -> dict[str, Any]:
+        def broken_at() -> int | None:
+            return self._center.history.broken_at(whole=True)
+
+        return {"broken_at": await asyncio.to_thread(self._alone, broken_at)}
 
     async def version(self, request: Request, _: Administrator) -> dict[str, Any]:
         found = await asyncio.to_thread(self._center.history.version, request.path_params["number"])
@@ -130,13 +142,14 @@ class PolicyAdministration:
             return {**plain(comparison), "would": said(comparison)}
 
         try:
-            return await asyncio.to_thread(compare)
+            return await asyncio.to_thread(self._alone, compare)
         except (OSError, sqlite3.Error) as error:
             raise NotFound(f"no recorded decisions: {error}", source="edge") from error
 
     async def propose(self, request: Request, who: Administrator) -> dict[str, Any]:
         asked = await _body(request, _Proposal)
-        return {"version": self._center.propose(asked.source, who.name, asked.why).number}
+        proposed = await asyncio.to_thread(self._center.propose, asked.source, who.name, asked.why)
+        return {"version": proposed.number}
 
     async def canary(self, request: Request, who: Administrator) -> dict[str, Any]:
         asked = await _body(request, _Trial)
@@ -164,6 +177,19 @@ class PolicyAdministration:
         except (OSError, sqlite3.Error) as error:
             raise NotFound(f"no recorded decisions: {error}", source="edge") from error
         return {"decisions": [_decision(number, record) for number, record in found]}
+
+    def _alone(self, work: Callable[[], T]) -> T:
+        """What may take seconds, in a thread, one at a time: also when who asked has left. Raises RateLimited."""
+        if not self._long.acquire(blocking=False):
+            raise RateLimited("one replay or check of the chain at a time", source="edge", retry_after=1.0)
+        try:
+            return work()
+        finally:
+            self._long.release()
+
+    def _fleet(self) -> dict[str, Any] | None:
+        follower = self._daemon.follower
+        return None if follower is None else msgspec.structs.asdict(follower.state())
 
     def _history(self) -> dict[str, Any]:
         try:

@@ -34,6 +34,7 @@ from shared.errors import (
     Unreachable,
 )
 from shared.frames import MAX_FRAME, SUBPROTOCOLS, WIRE_PATH, Codec
+from shared.link import Follower
 from shared.schemas import ChatRequest, Delta
 from shared.serving import is_loopback
 from shared.session import ClientSession
@@ -66,7 +67,8 @@ class CloudBackend:
 
     Before the first token every failure is typed, and retryable where another target may do better; after it the same
     execution is resumed on a new connection, or the stream ends with Unrecoverable. `keep_connected` holds the
-    connection while there is no request, so that the first one need not wait for it; `start` begins that.
+    connection while there is no request, so that the first one need not wait for it; `start` begins that. `follower`
+    asks for the policies of the cloud's fleet.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class CloudBackend:
         keep_connected: bool = False,
         allow_plaintext: bool = False,
         rules: ClientRules | None = None,
+        follower: Follower | None = None,
         subprotocols: tuple[str, ...] = SUBPROTOCOLS,
         tls: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -95,7 +98,7 @@ class CloudBackend:
         self._clock = clock
         self._jitter = jitter
         rules = replace(rules or ClientRules(), connect_within=connect_timeout, resume_ttl=resume_ttl)
-        self._session = ClientSession(rules, "causeway-edge", self._wake)
+        self._session = ClientSession(rules, "causeway-edge", self._wake, follower)
         self._ready = asyncio.Event()
         self._wanted = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None

@@ -12,17 +12,18 @@ from typing import Final
 
 import structlog
 
-from edge_agent.policies.canary import Canary, Limits
-from edge_agent.policies.history import History, Version
+from edge_agent.policies.canary import WINDOW, Canary, Limits
+from edge_agent.policies.history import History, HistoryFull, Version
 from edge_agent.policy_file import PolicyFile, Snapshot
 from router.defaults import default_policy
 from router.observe import bucket, usable
 from router.policy import Policy, parse
 from shared.errors import BadRequest, CausewayError, RequestConflict
+from shared.fleet import FleetPolicy
 from shared.schemas import ChatRequest
 from shared.telemetry import RequestFinished
 
-FILE, GUARD = "file", "guard"
+FILE, GUARD, FLEET = "file", "guard", "fleet"
 """Who acts where no person does."""
 MAX_ON_TRIAL: Final = 4096
 MAX_WHY: Final = 500
@@ -44,8 +45,11 @@ class PolicyCenter:
         self._file = PolicyFile(path, self._follow)
         self._history = history
         self._changed = changed
-        self._on_trial: OrderedDict[str, None] = OrderedDict()
+        self._on_trial: OrderedDict[str, int] = OrderedDict()
+        """Requests under way that a policy on trial, or on probation, decided: its version."""
         self.canary: Canary | None = None
+        self.probation: Canary | None = None
+        """What a fleet put in force is watched for its first requests: nobody here has looked at it."""
         self.current = self._file.current
         self._begin(path is not None)
 
@@ -66,24 +70,28 @@ class PolicyCenter:
 
     def policy_for(self, request: ChatRequest) -> Policy:
         """The policy in force, or the one on trial for its share of the conversations."""
-        canary = self.canary
-        if canary is None or not canary.takes(bucket(request)):
+        watched = self.canary
+        if watched is None or not watched.takes(bucket(request)):
+            watched = self.probation
+        if watched is None:
             return self.policy
-        self._on_trial[request.id] = None
+        self._on_trial[request.id] = watched.version
         if len(self._on_trial) > MAX_ON_TRIAL:
             self._on_trial.popitem(last=False)
-        return canary.policy
+        return watched.policy
 
     def __call__(self, event: RequestFinished, /) -> None:
-        canary = self.canary
-        if event.request_id not in self._on_trial:
-            return
-        del self._on_trial[event.request_id]
-        if canary is None:
-            return
-        self.canary = canary.after(event)
-        if (breach := self.canary.breach()) is not None:
-            self._end_canary(GUARD, breach)
+        version = self._on_trial.pop(event.request_id, None)
+        if self.canary is not None and version == self.canary.version:
+            self.canary = self.canary.after(event)
+            if (breach := self.canary.breach()) is not None:
+                self._end_canary(GUARD, breach)
+        elif self.probation is not None and version == self.probation.version:
+            self.probation = self.probation.after(event)
+            if (breach := self.probation.breach()) is not None:
+                self._withdraw(breach)
+            elif len(self.probation.failed) >= WINDOW:
+                self.probation = None
 
     def propose(self, source: str, who: str, why: str) -> Version:
         """Keep a policy as a new version, which is not yet in force. Raises InvalidPolicy."""
@@ -106,7 +114,6 @@ class PolicyCenter:
         if number == self.current.version:
             raise RequestConflict(f"version {number} is in force already", param="version", source="edge")
         self.history.act("canary", number, who, why, percent)
-        self._on_trial.clear()
         self.canary = Canary(number, snapshot.policy, percent, limits)
 
     def roll_back(self, who: str, why: str) -> Snapshot:
@@ -115,10 +122,21 @@ class PolicyCenter:
         if self.canary is not None:
             self._end_canary(who, why)
             return self.current
-        snapshot = self._snapshot(self.history.before(self.current.version))
-        self.history.act("rollback", snapshot.version, who, why)
+        return self._go_back(who, why)
+
+    def take(self, found: FleetPolicy, policy: Policy) -> Snapshot:
+        """Put the fleet's policy in force: `policy` is what its text says. Raises NoHistory or HistoryFull."""
+        why = f"fleet version {found.version}: {found.terms.why}"
+        version = self.history.take(found.version, found.digest, found.source, policy.fingerprint, FLEET, why)
+        snapshot = Snapshot(policy, f"version {version.number}", found.source, version.number)
         self._put_in_force(snapshot)
+        self.probation = Canary(version.number, policy, 100.0)
         return snapshot
+
+    def own(self) -> Policy:
+        """What this device's own administrator, or its file, put in force last: what no fleet's policy may loosen."""
+        number = self.history.in_force_besides(FLEET)
+        return default_policy() if number is None else self._kept(number).policy
 
     async def reload(self) -> Snapshot:
         """Read the file again, if there is one. Raises InvalidPolicy, and then what is in force stays."""
@@ -141,7 +159,7 @@ class PolicyCenter:
         if number is not None:
             self.current = self._kept(number)
         elif self._history.damaged and not has_file:
-            self.current = _safe("the history of policies was damaged")
+            self._follow(_safe("the history of policies was damaged"), GUARD)
 
     def _kept(self, number: int) -> Snapshot:
         """A version of before the restart. One that can no longer be read must not give way to a laxer one."""
@@ -151,25 +169,41 @@ class PolicyCenter:
             structlog.get_logger("causeway.policy").error("version unreadable", version=number, error=error.message)
             return _safe(f"version {number} cannot be read")
 
-    def _follow(self, snapshot: Snapshot) -> None:
+    def _follow(self, snapshot: Snapshot, who: str = FILE) -> None:
         """The file's content has become another: a version of its own, in force at once."""
         if self._history is not None:
             try:
-                version = self._history.propose(snapshot.source, snapshot.policy.fingerprint, FILE, snapshot.name)
-                self._history.act("activate", version.number, FILE, snapshot.name)
+                version = self._history.propose(snapshot.source, snapshot.policy.fingerprint, who, snapshot.name)
+                self._history.act("activate", version.number, who, snapshot.name)
                 snapshot = snapshot.numbered(version.number)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, HistoryFull) as error:
                 structlog.get_logger("causeway.policy").error("not kept in the history", error=str(error))
         self._put_in_force(snapshot)
 
     def _put_in_force(self, snapshot: Snapshot) -> None:
-        self.current, self.canary = snapshot, None
+        self.current, self.canary, self.probation = snapshot, None, None
         if self._changed is not None:
             self._changed(snapshot)
 
+    def _go_back(self, who: str, why: str) -> Snapshot:
+        snapshot = self._snapshot(self.history.before(self.current.version))
+        self.history.act("rollback", snapshot.version, who, why)
+        self._put_in_force(snapshot)
+        return snapshot
+
+    def _withdraw(self, breach: str) -> None:
+        """What a fleet put in force did not keep what is agreed: the version before it holds again."""
+        version, log = self.current.version, structlog.get_logger("causeway.policy")
+        self.probation = None
+        try:
+            self._go_back(GUARD, breach)
+        except (CausewayError, sqlite3.Error) as error:
+            log.error("fleet's policy not withdrawn", version=version, why=breach, error=str(error))
+        else:
+            log.warning("fleet's policy withdrawn", version=version, why=breach)
+
     def _end_canary(self, who: str, why: str) -> None:
         canary, self.canary = self.canary, None
-        self._on_trial.clear()
         if canary is not None:
             self.history.act("end_canary", canary.version, who, why)
             structlog.get_logger("causeway.policy").warning("canary withdrawn", version=canary.version, why=why)

@@ -1,7 +1,7 @@
-"""Every policy that was proposed, and who put which in force, when and why. SQLite; the acts are a signed chain.
+"""Every policy that was proposed, and who put which in force, when and why. SQLite; the acts are a signed chain
+(`edge_agent.policies.chain`). Versions count from 1; version 0 is the built-in policy.
 
-Each act's hash covers its content and the hash before it, and is signed by the device: one that is changed or taken out
-later breaks the chain from there on. Versions count from 1; version 0 is the built-in policy.
+At most MAX_VERSIONS texts are kept: the oldest that was never in force nor on trial goes first, and its acts stay.
 """
 
 import contextlib
@@ -12,27 +12,37 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import msgspec
 import structlog
 
+from edge_agent.policies.chain import OF_ACT, TABLE, Act, Action, Checked, append, checked, covers, following, migrate
 from edge_agent.policies.signer import Signer
-from shared.errors import NotFound
-
-Action = Literal["propose", "activate", "canary", "end_canary", "rollback"]
+from shared.errors import CausewayError, NotFound
 
 _IN_FORCE: Final = "SELECT version FROM acts WHERE action IN ('activate', 'rollback') "
 """The acts after which a version is the one in force."""
+_USED: Final = "SELECT version FROM acts WHERE action IN ('activate', 'rollback', 'canary')"
 MAX_LISTED: Final = 500
+MAX_VERSIONS: Final = 10_000
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS versions (
     number INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, why TEXT NOT NULL, fingerprint TEXT NOT NULL,
     source BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS acts (
-    number INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL, version INTEGER NOT NULL,
-    percent REAL NOT NULL, why TEXT NOT NULL, hash BLOB NOT NULL, signature BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS fleet (version INTEGER PRIMARY KEY, digest TEXT NOT NULL, number INTEGER NOT NULL);
 """
+
+
+class HistoryFull(CausewayError):
+    """So many versions were in force once that none can go."""
+
+    code, status = "history_full", 507
+
+
+class DamagedVersion(CausewayError):
+    """A version's text is not the one that was proposed."""
+
+    code, status = "damaged_version", 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +58,30 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Act:
-    number: int
-    at: float
-    who: str
-    action: Action
+class Taken:
+    """A fleet's policy that was taken: its version there, the SHA-256 of what was signed, and its number here."""
+
     version: int
-    percent: float
-    why: str
+    digest: str
+    number: int
 
 
 class History:
     """Safe to call from several threads; each call is short."""
 
-    def __init__(self, path: Path, signer: Signer, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path,
+        signer: Signer,
+        *,
+        clock: Callable[[], float] = time.time,
+        max_versions: int = MAX_VERSIONS,
+    ) -> None:
         """Raises OSError or sqlite3.Error if the file can be neither opened nor begun anew."""
-        self._signer, self._clock = signer, clock
+        self._signer, self._clock, self._max_versions = signer, clock, max_versions
         self._lock = threading.Lock()
+        self._checking = threading.Lock()
+        self._checked = Checked()
         self._database, self.damaged = _opened(path, clock)
         """`damaged`: what was there could not be read, and was moved aside."""
 
@@ -73,25 +90,38 @@ class History:
             self._database.close()
 
     def propose(self, source: bytes, fingerprint: str, who: str, why: str) -> Version:
+        """Raises HistoryFull."""
         with self._writing() as database:
-            at = self._clock()
-            row = (at, who, why, fingerprint, source)
-            number = database.execute(
-                "INSERT INTO versions (at, who, why, fingerprint, source) VALUES (?, ?, ?, ?, ?)", row
-            ).lastrowid
-            version = Version(number or 0, *row)
-            self._append(database, "propose", version.number, who, why)
-        return version
+            return self._propose(database, source, fingerprint, who, why)
 
     def act(self, action: Action, version: int, who: str, why: str, percent: float = 0.0) -> None:
         with self._writing() as database:
-            self._append(database, action, version, who, why, percent)
+            append(database, self._signer, self._clock(), who, action, version, why, percent)
+
+    def take(self, version: int, digest: str, source: bytes, fingerprint: str, who: str, why: str) -> Version:
+        """A fleet's policy is proposed and put in force, and none of its version or below will be again: all of it or
+        nothing. Raises HistoryFull."""
+        with self._writing() as database:
+            kept = self._propose(database, source, fingerprint, who, why)
+            append(database, self._signer, self._clock(), who, "activate", kept.number, why)
+            database.execute("INSERT INTO fleet VALUES (?, ?, ?)", (version, digest, kept.number))
+        return kept
+
+    def taken(self, number: int | None = None) -> Taken | None:
+        """The newest of the fleet's policies that were taken, or the one that has this number here."""
+        where, values = ("", ()) if number is None else ("WHERE number = ? ", (number,))
+        row = self._one(f"SELECT * FROM fleet {where}ORDER BY version DESC LIMIT 1", *values)  # noqa: S608 - constants
+        return Taken(*row) if row else None
 
     def version(self, number: int) -> Version:
-        """Raises NotFound."""
-        row = self._one("SELECT * FROM versions WHERE number = ?", number)
+        """Raises NotFound, also for one whose text was let go, and DamagedVersion."""
+        with self._lock:
+            row = self._database.execute("SELECT * FROM versions WHERE number = ?", (number,)).fetchone()
+            genuine = row is None or covers(self._database, self._signer, number, row[5])
         if row is None:
             raise NotFound(f"no version {number} of the policy", param="version", source="edge")
+        if not genuine:
+            raise DamagedVersion(f"version {number} is not as it was proposed", param="version", source="edge")
         return Version(*row)
 
     def versions(self) -> list[Version]:
@@ -100,12 +130,18 @@ class History:
 
     def acts(self) -> list[Act]:
         """The newest first."""
-        columns = "number, at, who, action, version, percent, why"
-        return [Act(*row) for row in self._listed(f"SELECT {columns} FROM acts ORDER BY number DESC LIMIT ?")]  # noqa: S608
+        newest = f"SELECT {OF_ACT} FROM acts ORDER BY number DESC LIMIT ?"  # noqa: S608 - constants
+        return [Act(*row) for row in self._listed(newest)]
 
     def in_force(self) -> int | None:
         """The version that was put in force last; None if none ever was."""
         found = self._one(_IN_FORCE + "ORDER BY number DESC LIMIT 1")
+        return None if found is None else int(found[0])
+
+    def in_force_besides(self, who: str) -> int | None:
+        """The version that was put in force last of those that this one did not propose."""
+        others = "AND version NOT IN (SELECT number FROM versions WHERE who = ?) "
+        found = self._one(_IN_FORCE + others + "ORDER BY number DESC LIMIT 1", who)
         return None if found is None else int(found[0])
 
     def before(self, current: int) -> int:
@@ -118,26 +154,37 @@ class History:
         row = self._one("SELECT * FROM versions WHERE who = ? ORDER BY number DESC LIMIT 1", who)
         return Version(*row) if row else None
 
-    def broken_at(self) -> int | None:
-        """The number of the first act that is not as it was written; None if the chain holds."""
-        before, expected = b"", 1
-        with self._lock:
-            rows = self._database.execute("SELECT * FROM acts ORDER BY number").fetchall()
-        for row in rows:
-            act, digest, signature = Act(*row[:7]), row[7], row[8]
-            if act.number != expected or digest != _hash(act, before) or not self._signer.signed(digest, signature):
-                return expected
-            before, expected = digest, expected + 1
-        return None
+    def broken_at(self, *, whole: bool = False) -> int | None:
+        """The number of the first act that is not as it was written; None if the chain holds. Looks at what has come
+        since it was last asked, or at the whole chain, as at the first time."""
+        with self._checking:
+            known = Checked() if whole else self._checked
+            while known.broken_at is None:
+                with self._lock:
+                    rows = following(self._database, known.number)
+                before, known = known, checked(rows, known, self._signer)
+                if known == before:
+                    break
+            self._checked = known
+        return known.broken_at
 
-    def _append(
-        self, database: sqlite3.Connection, action: Action, version: int, who: str, why: str, percent: float = 0.0
-    ) -> None:
-        last = database.execute("SELECT number, hash FROM acts ORDER BY number DESC LIMIT 1").fetchone() or (0, b"")
-        act = Act(last[0] + 1, self._clock(), who, action, version, percent, why)
-        digest = _hash(act, last[1])
-        row = (act.number, act.at, who, action, version, percent, why, digest, self._signer.sign(digest))
-        database.execute("INSERT INTO acts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    def _propose(self, database: sqlite3.Connection, source: bytes, fingerprint: str, who: str, why: str) -> Version:
+        self._make_room(database)
+        highest = "SELECT number FROM versions UNION ALL SELECT version FROM acts ORDER BY 1 DESC LIMIT 1"
+        last = database.execute(highest).fetchone() or (0,)
+        at, number = self._clock(), last[0] + 1
+        version = Version(number, at, who, why, fingerprint, source)
+        database.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", (number, at, who, why, fingerprint, source))
+        digest = hashlib.sha256(source).digest()
+        append(database, self._signer, at, who, "propose", number, why, content=digest)
+        return version
+
+    def _make_room(self, database: sqlite3.Connection) -> None:
+        if database.execute("SELECT count(*) FROM versions").fetchone()[0] < self._max_versions:
+            return
+        oldest = f"SELECT number FROM versions WHERE number NOT IN ({_USED}) ORDER BY number LIMIT 1"  # noqa: S608
+        if not database.execute(f"DELETE FROM versions WHERE number = ({oldest})").rowcount:  # noqa: S608
+            raise HistoryFull(f"{self._max_versions} versions are kept, and each was in force once", source="edge")
 
     def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
         with self._lock:
@@ -155,10 +202,6 @@ class History:
             yield self._database
 
 
-def _hash(act: Act, before: bytes) -> bytes:
-    return hashlib.sha256(before + msgspec.json.encode(act, order="deterministic")).digest()
-
-
 def _opened(path: Path, clock: Callable[[], float]) -> tuple[sqlite3.Connection, bool]:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
@@ -174,7 +217,8 @@ def _connected(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=5.0, check_same_thread=False, isolation_level=None)
     try:
         database.execute("PRAGMA journal_mode=WAL")
-        database.executescript(_TABLES)
+        migrate(database)
+        database.executescript(_TABLES + TABLE)
         database.execute("SELECT * FROM acts ORDER BY number DESC LIMIT 1").fetchall()
         database.execute("SELECT * FROM versions ORDER BY number DESC LIMIT 1").fetchall()
         path.chmod(0o600)

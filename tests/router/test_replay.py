@@ -2,6 +2,7 @@
 
 import random
 import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from typer.testing import CliRunner
 from router.__main__ import app
 from router.confidence import Heard, Judged
 from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.money import Spent
 from router.policy import parse
 from router.privacy.inspect import Privacy
 from router.records import INSERT, SCHEMA, Outcome, Recorded, decoded, encode, read
-from router.replay import replay, said
+from router.replay import plain, replay, said
 
 EDGE = Outcome(served="edge", ending="done", first_token_s=0.1, total_s=1.0, completion_tokens=9)
 CLOUD = replace(EDGE, served="cloud", first_token_s=0.4)
@@ -73,6 +75,41 @@ def test_what_moves_is_counted_and_its_time_estimated() -> None:
     assert "first token +300 ms on 2 of the moved" in said(comparison)
 
 
+def test_a_candidates_budget_counts_what_the_candidate_spends() -> None:
+    """Not what was spent at the time: each day anew, by tenant, from what had been spent where the records begin."""
+    day, one = 86_400.0, PRICED + "budgets: {day: 0.6}\nmode: prefer_cloud"
+    records = [
+        replace(record(91, tenant=who), at=at * day) for at, who in ((0.1, "a"), (0.2, "b"), (0.3, "a"), (0.4, "a"))
+    ]
+    records += [replace(record(91), at=1.5 * day), replace(record(91, replace(CLOUD, cost=0.2)), at=1.6 * day)]
+    comparison = replay(records, parse(one), local_time=time.gmtime)
+
+    assert {name: (it.recorded, pytest.approx(it.candidate)) for name, it in comparison.days.items()} == {
+        "1970-01-01": (0.0, 0.3),
+        "1970-01-02": (0.2, 0.3),
+    }
+    assert {name: pytest.approx(it.candidate) for name, it in comparison.tenants.items()} == {
+        "a": 0.2,
+        "b": 0.1,
+        "": 0.3,
+    }
+    assert comparison.over_budget == 1
+    assert said(comparison).endswith("; at most 0.3 EUR a day; 1 beyond the budget")
+    assert plain(comparison)["days"]["1970-01-02"]["recorded"] == 0.2
+
+    begun = replace(records[0], request=replace(records[0].request, spent=Spent(day=0.3, tenant=0.1)))
+    later = replay([begun, *records[1:]], parse(one), local_time=time.gmtime)
+    assert (later.over_budget, later.days["1970-01-01"].candidate) == (4, 0.0)
+
+
+def test_a_candidate_that_refuses_beyond_its_budget_is_told() -> None:
+    """Refusals for money are counted apart from the others."""
+    policy = parse(PRICED + "budgets: {tenant_day: 0.4, over: refuse}\nmode: prefer_cloud")
+    comparison = replay([record(91, tenant=who) for who in ("a", "a", "b")], policy, local_time=time.gmtime)
+    assert comparison.moved == {("edge", "cloud"): 2, ("edge", "refused"): 1}
+    assert comparison.over_budget == 1
+
+
 PRICED = "prices: {cloud: {input_per_million: 1000, output_per_million: 1000, currency: EUR}}\n"
 
 
@@ -82,9 +119,9 @@ def test_what_moves_is_told_in_money() -> None:
     up = replay(records, parse("mode: prefer_cloud\n" + PRICED))
     down = replay(records, parse("mode: prefer_edge\n" + PRICED))
     assert up.cost_change == pytest.approx(0.3)
-    assert said(up).endswith("; +0.3 EUR")
+    assert said(up).endswith("; +0.3 EUR; at most 0.8 EUR a day")
     assert down.cost_change == pytest.approx(-0.529)
-    assert said(down).endswith("; -0.529 EUR")
+    assert said(down).endswith("; -0.529 EUR; at most 0.00 EUR a day")
     assert replay(records, TO_CLOUD).cost_change is None
 
 

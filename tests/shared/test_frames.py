@@ -159,7 +159,7 @@ def test_the_wrong_kind_of_message_is_refused(subprotocol: str) -> None:
 def test_another_version_is_named_as_such(subprotocol: str) -> None:
     """A later version's HELLO may have more fields; it still learns which version is spoken here."""
     with pytest.raises(UnsupportedVersion) as refusal:
-        Codec.server(subprotocol).decode(pack(subprotocol, ["hello", 2, 3, "edge", {"new": True}]))
+        Codec.server(subprotocol).decode(pack(subprotocol, ["hello", 2, 3, "edge", None, {"new": True}]))
 
     assert refusal.value.param == "version"
 

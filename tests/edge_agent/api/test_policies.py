@@ -1,10 +1,16 @@
 """The policy's administration over HTTP."""
 
+import asyncio
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
 from administration import CLOUD, administration
+
+from edge_agent.api import policies as module
+from router.policy import parse
+from router.replay import replay
 
 WRONG = "mode: prefer_cloud\nrules:\n  - {name: a, when: {cod: true}, target: edge}\n"
 
@@ -101,7 +107,40 @@ async def test_what_was_spent_is_shown_where_there_are_prices(tmp_path: Path) ->
     assert after == {"currency": "EUR", "today": spent, "tenants": {"": spent}, "set_aside": 0}
     assert [(one["cost"], one["currency"]) for one in listed] == [(None, None), (0.005, "EUR")]
     assert found["cost_change"] == pytest.approx(-0.005)
-    assert found["would"].endswith("-0.005 EUR")
+    assert "-0.005 EUR" in found["would"]
+    assert [day["candidate"] for day in found["days"].values()] == [0.0]
+    assert [day["recorded"] for day in found["days"].values()] == [spent]
+
+
+async def test_one_replay_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one is refused and may come again; so is a check of the whole chain. Meanwhile everything else goes on,
+    and it is over when the work is, also where who asked has left."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> object:
+        begun.set()
+        assert go_on.wait(60)
+        return replay([], parse("mode: only_edge"))
+
+    monkeypatch.setattr(module, "replay", slow)
+    async with administration(tmp_path) as edge:
+        await edge.ask()
+        asked = {"source": "mode: only_edge"}
+        first = asyncio.create_task(edge.admin.post("/admin/policy/replay", json=asked))
+        assert await asyncio.to_thread(begun.wait, 60)
+        first.cancel()
+        refused = await edge.admin.post("/admin/policy/replay", json=asked)
+        chain = await edge.admin.get("/admin/policy/chain")
+        assert (await edge.ask()).status_code == 200
+        go_on.set()
+        async with asyncio.timeout(60):
+            while (again := await edge.admin.get("/admin/policy/chain")).status_code == 429:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert (await edge.post("/admin/policy/replay", **asked))["total"] == 0
+
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert chain.status_code == 429
+    assert again.json() == {"broken_at": None}
 
 
 ACTS = {
