@@ -121,6 +121,14 @@ def assess(table: Scored) -> Assessment:
     )
 
 
+def pooled(tables: Sequence[Scored]) -> Scored:
+    """All questions of these tables as one, whose domains they are: what a threshold for their mixture is for."""
+    edge, cloud, score = (
+        np.concatenate([getattr(table, name) for table in tables]) for name in ("edge", "cloud", "score")
+    )
+    return Scored("all tables together", edge, cloud, score, [table.name for table in tables for _ in table.score])
+
+
 def figures_of(name: str, edge: Floats, cloud: Floats, score: Floats) -> Figures:
     recovers = cloud.mean() - edge.mean() > 1e-9
     apgr = outcomes.apgr(edge, cloud, score) if recovers else None

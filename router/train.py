@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from router import outcomes, trial
-from router.assess import MEASURED, Assessment, Floats, Scored, assess
+from router.assess import MEASURED, Assessment, Floats, Scored, assess, pooled
 from router.assess import save as save_assessments
 from router.cascade import Cascade
 from router.difficulty import Difficulty, Encoder
@@ -62,14 +62,14 @@ def build(folder: Path, target: Path, seed: int) -> None:
 
 
 def measured(rows: Rows, score: Floats) -> list[Assessment]:
-    """What these scores are worth, by pair; rows with broken labels are left out."""
-    found = []
+    """What these scores are worth, over all and by pair; rows with broken labels are left out."""
+    tables = []
     for pair in PAIRS:
         own = (rows.pair == pair.name) & ~rows.suspect
         sides = " → ".join(SIDES.get(side, side.removeprefix("ok:")) for side in (pair.weak, pair.strong))
         edge, cloud, said, domain = rows.weak[own], rows.strong[own], score[own], rows.domain[own].tolist()
-        found.append(assess(Scored(f"{pair.name}: {sides}", edge, cloud, said, domain)))
-    return found
+        tables.append(Scored(f"{pair.name}: {sides}", edge, cloud, said, domain))
+    return [assess(table) for table in (pooled(tables), *tables)]
 
 
 def evaluate(folder: Path, seeds: int) -> None:

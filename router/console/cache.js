@@ -19,8 +19,8 @@ function uses({ requests, in_flight: inFlight }) {
   const total = Object.values(requests).reduce((sum, count) => sum + count, 0);
   if (!total) return empty("No request has come by a cache yet.");
   const rows = Object.entries(requests).map(([use, count]) =>
-    [use, h("span", { class: "words" }, USES[use] ?? ""), meter([use === "hit" || use === "shared" ? "edge" : "random", count / total]), number(count), percent(count / total, 1)]);
-  return table(["use", "", "", "requests:number", "share:number"], rows, { caption: `Requests, ${number(inFlight)} under way` });
+    [use, USES[use] ?? "", meter([use === "hit" || use === "shared" ? "edge" : "random", count / total]), number(count), percent(count / total, 1)]);
+  return table(["use", ":words", "", "requests:number", "share:number"], rows, { caption: `Requests, ${number(inFlight)} under way` });
 }
 
 function layer([name, counts]) {

@@ -62,9 +62,9 @@ function more(one) {
     one.label !== "free" ? one.label : null,
     one.redact ? "redacted" : null,
     one.tenant ? `tenant ${one.tenant}` : null,
-    one.difficulty == null ? null : `difficulty ${one.difficulty.toFixed(2)}`,
+    one.difficulty == null || one.reason.includes("difficulty") ? null : `difficulty ${one.difficulty.toFixed(2)}`,
     one.judged,
-    one.cache ? `cache ${one.cache}` : null,
+    ["hit", "shared"].includes(one.cache) ? `cache ${one.cache}` : null,
   ].filter(Boolean);
   return said.length ? h("small", { class: "faint" }, said.join(" · ")) : null;
 }

@@ -21,7 +21,7 @@ export async function history(page, { run }) {
     const found = overview ?? (await get("/admin/policy"));
     chain.textContent = found.unavailable ?? (found.broken_at ? `The record was changed at act ${found.broken_at}.` : "The record is whole: every act is signed and follows the one before.");
     chain.className = found.unavailable || found.broken_at ? "bad" : "good";
-    versions.replaceChildren(listed(VERSIONS, found.versions.map((one) => version(one, found.current)), "No policy was written here yet: the built-in one is in force."));
+    versions.replaceChildren(listed(VERSIONS, found.versions.map((one) => version(one, found.current)), "No version was proposed here yet."));
     acts.replaceChildren(listed(ACTS, found.acts.map(act), "Nobody has done anything yet."));
   }
 

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { chart, figure, linear, meter, named, percent } from "./charts.js";
 import { empty, h, money, moment, ms, number, table } from "./dom.js";
 
-const GROUPS = ["", "", "decisions:number", "share:number", "to the cloud:number", "refused:number", "failed:number", "first token p50:number", "p95:number", "cost:number"];
+const GROUPS = [":words", "", "decisions:number", "share:number", "to the cloud:number", "refused:number", "failed:number", "first token p50:number", "p95:number", "cost:number"];
 const LISTED = 20;
 
 export async function traffic(page) {
@@ -53,7 +53,7 @@ const cost = (amounts) => Object.entries(amounts).map(([currency, amount]) => mo
 function groups(what, found) {
   const all = found[what];
   const rows = all.slice(0, LISTED).map((one) => [
-    h("span", { class: "name" }, one.name || "(no key shown)"),
+    one.name || "(no key shown)",
     meter(["edge", (one.decisions - one.to_cloud) / found.decisions], ["cloud", one.to_cloud / found.decisions]),
     number(one.decisions), percent(one.decisions / found.decisions), percent(one.to_cloud / one.decisions), number(one.refused), number(one.failed),
     ms(one.first_token_s?.p50), ms(one.first_token_s?.p95), cost(one.cost),

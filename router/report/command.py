@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from router.activity import mean_call_cost, summarise
-from router.assess import Assessment, assess, shipped_assessments
+from router.assess import Assessment, assess, pooled, shipped_assessments
 from router.calibrate import Fitted, calibrate
 from router.calibrate import read as read_answers
 from router.cascade_rules import CascadeRules
@@ -101,7 +101,8 @@ def _tables(path: Path | None) -> tuple[list[Table], list[str]]:
 
 
 def _assessed(tables: Sequence[Table], model: Difficulty) -> list[Assessment]:
-    return [assess(table.scored(model)) for table in tables]
+    scored = [table.scored(model) for table in tables]
+    return [assess(table) for table in ([pooled(scored), *scored] if len(scored) > 1 else scored)]
 
 
 def _note(tables: Sequence[Table], others: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ LEGEND: Final = (
     ("router", "this router"),
     ("oracle", "an oracle, which knows both outcomes"),
     ("random", "choosing at random"),
-    ("cloud", "always the cloud"),
-    ("edge", "always the edge"),
+    ("cloud level", "always the cloud"),
+    ("edge level", "always the edge"),
 )
 
 
@@ -130,8 +130,8 @@ def _curve(one: Assessment, tried: Sequence[Aim]) -> Markup:
     own, marks = one.figures, [at / (MARKS - 1) for at in range(MARKS)]
     low, high = min(own.edge, *one.quality), max(own.cloud, *one.oracle)
     lines = [
-        Line("edge", [(0, own.edge), (1, own.edge)]),
-        Line("cloud", [(0, own.cloud), (1, own.cloud)]),
+        Line("edge level", [(0, own.edge), (1, own.edge)]),
+        Line("cloud level", [(0, own.cloud), (1, own.cloud)]),
         Line("random", [(0, own.edge), (1, own.cloud)]),
         Line("oracle", list(zip(marks, one.oracle, strict=True))),
         Line("router", list(zip(marks, one.quality, strict=True))),
@@ -193,7 +193,11 @@ def _thresholds(one: Assessment, tried: Sequence[Aim], cost: CallCost | None) ->
         for aim in tried
         for at in [one.at(aim.threshold)]
     ]
-    return table("Cloud share against target: thresholds frozen with the weights", columns, rows)
+    return table(
+        "Cloud share against target: thresholds frozen with the weights, for all of their tables together",
+        columns,
+        rows,
+    )
 
 
 def _numbers(one: Assessment, cost: CallCost | None) -> Markup:

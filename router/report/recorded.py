@@ -119,8 +119,8 @@ def _shares(periods: Sequence[Period], goal_share: float | None) -> list[Markup]
         for one in reversed(periods)
     ]
     columns = ("from, UTC", "decisions", "to the cloud", "by the goal", "of these to the cloud", "cost")
-    shown = tag("div", figure(drawing, "Cloud share", legend), class_="card narrow")
-    return [shown, table("The latest first", columns, rows)]
+    shown = tag("div", figure(drawing, "Cloud share", legend), class_="card")
+    return [tag("div", shown, table("The latest first", columns, rows), class_="pair")]
 
 
 def _waits(waits: Sequence[Wait]) -> Markup:
@@ -156,6 +156,10 @@ def _forecasts(forecasts: Sequence[Forecast]) -> Iterator[Markup]:
         for one in forecasts
     ]
     yield table("Predictions for answers that went as decided", columns, rows)
+    yield tag("div", _scatters(forecasts), class_="pair")
+
+
+def _scatters(forecasts: Sequence[Forecast]) -> Iterator[Markup]:
     for what, title in WHAT.items():
         dots = [
             Dot((max(was, LEAST_S), max(took, LEAST_S)), one.target, 3)
@@ -164,7 +168,7 @@ def _forecasts(forecasts: Sequence[Forecast]) -> Iterator[Markup]:
             for was, took in one.dots
         ]
         if dots:
-            yield tag("div", _scatter(title, dots), class_="card narrow")
+            yield tag("div", _scatter(title, dots), class_="card")
 
 
 def _scatter(title: str, dots: Sequence[Dot]) -> Markup:

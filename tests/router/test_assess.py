@@ -1,13 +1,26 @@
 """router.assess: what scores are worth on a table, beside the slow way of finding it out."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.assess import MARKS, MEASURED, Assessment, Scored, assess, reliability, save, shipped_assessments
+from router.assess import (
+    MARKS,
+    MEASURED,
+    TARGETS,
+    Assessment,
+    Scored,
+    assess,
+    pooled,
+    reliability,
+    save,
+    shipped_assessments,
+)
+from router.difficulty import shipped_difficulty
 from router.outcomes import PAIRS, apgr, call_share, curve
 from router.weights import InvalidWeights
 
@@ -120,6 +133,15 @@ def test_a_cloud_that_is_no_better_has_no_gap_to_recover() -> None:
     assert [(domain.name, domain.apgr) for domain in one.domains] == [("art", pytest.approx(0.5)), ("law", None)]
 
 
+def test_tables_together_are_one_whose_domains_they_are() -> None:
+    """Every question counts once, and each table can be told apart."""
+    one, other = table([0, 1], [1, 1], [0.9, 0.1]), replace(table([0, 0, 1], [1, 0, 1], [0.4, 0.5, 0.6]), name="b")
+    whole = assess(pooled([one, other]))
+
+    assert whole.figures.rows == 5
+    assert [(domain.name, domain.rows) for domain in whole.domains] == [("a table", 2), ("b", 3)]
+
+
 def test_calibrated_scores_are_on_the_diagonal() -> None:
     """What is said with probability p comes true with frequency p; what is said too boldly does not."""
     rng = np.random.default_rng(2)
@@ -132,9 +154,15 @@ def test_calibrated_scores_are_on_the_diagonal() -> None:
 
 def test_what_was_measured_is_shipped_and_meets_the_tables() -> None:
     """The weights bring their own assessment, of every pair they were learned from, better than chance on each."""
-    assessments = shipped_assessments()
+    together, *assessments = shipped_assessments()
 
     assert len(assessments) == len(PAIRS)
+    assert together.figures.rows == sum(one.figures.rows for one in assessments)
+    assert [one.name for one in together.domains] == sorted(one.figures.name for one in assessments)
+    assert all(
+        together.at(shipped_difficulty().threshold(share)).cloud_share == pytest.approx(share, abs=0.05)
+        for share in TARGETS
+    )
     assert all(name.figures.name.startswith(pair.name) for name, pair in zip(assessments, PAIRS, strict=True))
     assert all((one.figures.apgr or 0) > 0.55 and one.error < 0.1 for one in assessments)
 

@@ -71,6 +71,73 @@ async def test_every_page_fits_and_asks_nobody_else(tmp_path: Path, width: int) 
     assert wrong == []
 
 
+async def test_a_goal_is_seen_before_it_is_written(tmp_path: Path) -> None:
+    """By the keyboard alone: more to the cloud keeps more and is told in numbers; the goal goes into the editor, and
+    what is written there stays while other pages are looked at."""
+    async with administration(tmp_path) as edge, browsing(edge.url) as (page, wrong):
+        await page.goto(f"{edge.url}/console/#token={TOKEN}")
+        await page.get_by_role("link", name="Goal").press("Enter")
+        slider = page.get_by_role("slider", name="Share to the cloud")
+        await expect(page.get_by_text("No goal is in force")).to_be_visible()
+        before = await page.locator("main dl").first.inner_text()
+        await slider.press("ArrowRight")
+        after = await page.locator("main dl").first.inner_text()
+        written = await page.locator("main pre").first.inner_text()
+        await page.get_by_role("button", name="Put it into the policy").press("Enter")
+        editor = page.get_by_role("textbox", name="Policy in YAML")
+        await expect(page.get_by_text("Valid: ")).to_be_visible()
+        draft = await editor.input_value()
+        await page.get_by_role("link", name="Cache").press("Enter")
+        await expect(page.get_by_text("the cache is off")).to_be_visible()
+        await page.get_by_role("link", name="Policy").press("Enter")
+        await expect(editor).to_have_value(draft)
+        await page.get_by_role("button", name="Start over").press("Enter")
+        await expect(page.get_by_text("No difference.")).to_be_visible()
+
+    assert before != after
+    assert draft.endswith(f"\n\n{written.strip()}\n")
+    assert wrong == []
+
+
+async def test_a_goal_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    """Only its own lines of the policy change, wherever they stand and in whatever form."""
+    goal, rest = "cloud_share: 0.20", "mode: prefer_edge\nrules: []"
+    written = f"{rest}\n\ngoal:\n  {goal}\n"
+    sources = [
+        rest,
+        f"{rest}\ngoal: {{quality: 0.9}}",
+        f"{rest}\ngoal:\n  # as agreed\n  quality: 0.9\n\n",
+        "mode: prefer_edge\ngoal:\n  quality: 0.9\nrules: []\n",
+    ]
+    async with administration(tmp_path) as edge, browsing(edge.url) as (page, _):
+        await page.goto(f"{edge.url}/console/")
+        found = await page.evaluate(
+            "async ([sources, goal]) => {"
+            " const {withGoal} = await import('/console/draft.js');"
+            " return sources.map((source) => withGoal(source, goal)); }",
+            [sources, goal],
+        )
+
+    assert found == [written] * len(sources)
+
+
+async def test_a_daemon_that_is_gone_is_said_to_be_gone(tmp_path: Path) -> None:
+    """What was seen last stays in sight, but faded, and comes back by itself."""
+    async with administration(tmp_path) as edge, browsing(edge.url) as (page, _):
+        await page.goto(f"{edge.url}/console/#token={TOKEN}")
+        await expect(page.get_by_role("heading", name="This device")).to_be_visible()
+        await page.route("**/admin/**", lambda route: route.abort())
+        await expect(page.get_by_text("the daemon cannot be reached")).to_be_visible()
+        assert await page.locator("body.stale").count() == 1
+        await expect(page.get_by_role("heading", name="This device")).to_be_visible()
+        await page.get_by_role("link", name="Traffic").click()
+        await expect(page.get_by_role("button", name="Try again")).to_be_visible()
+        await page.unroute("**/admin/**")
+        await page.get_by_role("button", name="Try again").click()
+        await expect(page.get_by_text("Nothing yet.")).to_be_visible()
+        assert await page.locator("body.stale").count() == 0
+
+
 async def test_nothing_is_shown_without_a_credential(tmp_path: Path) -> None:
     """A wrong one is asked for again, a right one stays in its tab; the keyboard is enough."""
     async with administration(tmp_path) as edge, browsing(edge.url) as (page, _):
