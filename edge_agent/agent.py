@@ -3,8 +3,8 @@ remember, report.
 
 The one fallback rule of Causeway is in `Agent._answer`: a retryable failure before the first token may be made good by
 the target that the decision permits, visibly; after the first token a stream goes on or ends with its error. Two
-models are never spliced into one answer. Where the policy has a cascade, `edge_agent.cascade` holds the edge's answer
-back until it is judged, and the cloud's may take its place.
+models are never spliced into one answer. Where the policy has a cascade, `edge_agent.cascade` judges the edge's answer,
+and the cloud's may take its place or, where the edge's was shown at once, stand below it under a mark.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ from edge_agent.backends.base import LocalModels, is_empty
 from edge_agent.cache.answers import AnswerCache, by_chance
 from edge_agent.cache.base import Scope
 from edge_agent.caller import ANYONE, Caller
-from edge_agent.cascade import Trial, cascaded
+from edge_agent.cascade import Above, Trial, cascaded
 from edge_agent.offload import Offload, Withheld
+from edge_agent.second_sample import Second
 from router.cascade_rules import CascadeRules
 from router.confidence import Judged
 from router.decide import Decision, decide
@@ -173,7 +174,9 @@ class Agent:
         self, request: ChatRequest, rules: CascadeRules, route: Route, record: Recorded, terms: Terms
     ) -> AsyncGenerator[Delta, None]:
         """The edge's answer if it is good enough, else the cloud's."""
-        trial = Trial(request, rules, self._local.named(request.model).model_card(), self._clock)
+        card, drawn = self._local.named(request.model).model_card(), rules.second_sample
+        second = Second(request, drawn, rules, self._local, self._clock) if drawn else None
+        trial, above = Trial(request, rules, card, self._clock, second), Above(rules.mark, record.request.prompt_tokens)
 
         def escalated(reason: str) -> AsyncGenerator[Delta, None]:
             return self._relay(trial.late(), self._route("cloud", reason, route.model), terms)
@@ -182,7 +185,7 @@ class Agent:
             if self._record is not None:
                 self._record(request.id, replace(record, judged=judged))
 
-        return cascaded(trial, self._relay(trial.request, route, terms), escalated, heard)
+        return cascaded(trial, above, self._relay(trial.request, route, terms), escalated, heard)
 
     async def _relay(self, request: ChatRequest, route: Route, terms: Terms) -> AsyncGenerator[Delta, None]:
         """One target's answer from its first token on, the route on its first and last delta, its name on errors."""

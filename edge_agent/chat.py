@@ -8,13 +8,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from edge_agent.screens import Screen
+from edge_agent.screens import Screen, Show
 from shared.errors import BadRequest, CausewayError, Unreachable, UpstreamFailed, from_code
 
 ANSWER_S = 300.0
@@ -25,14 +24,6 @@ HELP = """\
 /save FILE     write the conversation into a new file
 /help          this list
 /quit          end; so does Ctrl-D. Ctrl-C ends an answer"""
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """One answer: its text, and a line on who gave it, why and how fast."""
-
-    text: str
-    about: str
 
 
 class Chat:
@@ -61,12 +52,7 @@ class Chat:
         pieces: list[str] = []
         try:
             with self._screen.answer() as show:
-
-                def told(piece: str) -> None:
-                    pieces.append(piece)
-                    show(piece)
-
-                about = self._ask(told)
+                about = self._ask(pieces, show)
         except CausewayError as error:
             self.failures += 1
             self.messages.pop()
@@ -80,25 +66,29 @@ class Chat:
             self.messages.pop()
         self._screen.note(f"[{about}]")
 
-    def _ask(self, told: Callable[[str], None]) -> str:
-        """Tells the answer as it comes; returns who gave it, why and how fast. Leaving it cancels the request."""
+    def _ask(self, pieces: list[str], show: Show) -> str:
+        """Shows the answer as it comes, and leaves in `pieces` what of it is to be remembered: nothing that stands
+        above a mark. Returns who gave it, why and how fast. Leaving it cancels the request."""
         began, first, tokens = time.perf_counter(), 0.0, 0
+        said: dict[str, Any] = {}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=self._body()) as reply:
                 if reply.status_code != 200:
                     raise _error(json.loads(reply.read()))
                 for event in _events(reply):
                     tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                    said = event.get("causeway", said)
                     if piece := "".join(choice["delta"].get("content") or "" for choice in event["choices"]):
                         first = first or time.perf_counter() - began
-                        told(piece)
-                headers = reply.headers
-                route = f"{headers['x-causeway-route']}: {headers['x-causeway-reason']}"
+                        pieces.append(piece)
+                        show(piece)
+                        if "causeway" in event:
+                            pieces.clear()  # that was the mark
+                return f"{_route(said)}{_speed(first, tokens, time.perf_counter() - began)}"
         except httpx.ConnectError as error:
             raise Unreachable(f"nobody listens at {self._client.base_url}: is `edge-agent serve` running?") from error
         except (httpx.HTTPError, ValueError, KeyError) as error:
             raise UpstreamFailed(f"the answer broke off: {type(error).__name__}") from error
-        return f"{route}{_speed(first, tokens, time.perf_counter() - began)}"
 
     def _body(self) -> dict[str, Any]:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -173,6 +163,11 @@ def _line(read: Callable[[], str], screen: Screen) -> str:
             return read().strip()
         except KeyboardInterrupt:
             screen.note("\n[Ctrl-D ends the conversation]")
+
+
+def _route(said: dict[str, Any]) -> str:
+    above = f"{said['switched']['from']}, then " if "switched" in said else ""
+    return f"{above}{said['route']}: {said['reason']}"
 
 
 def _speed(first: float, tokens: int, total: float) -> str:

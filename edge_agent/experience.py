@@ -11,7 +11,7 @@ from edge_agent.spending import Spending
 from router.classes import Targets
 from router.predict import Pace
 from router.records import Outcome, Recorded
-from shared.schemas import Target
+from shared.schemas import Target, Usage
 from shared.telemetry import RequestFinished
 
 MAX_OPEN = 4096
@@ -69,6 +69,7 @@ class Experience:
             completion_tokens=event.usage.completion_tokens if event.usage else 0,
             cache=event.route.cached.use if event.route and event.route.cached else "",
             cost=_cost(record, event),
+            switched=event.route is not None and event.route.switched is not None,
         )
         record = replace(record, outcome=outcome)
         self.spending.ended(event.request_id, record)
@@ -129,18 +130,22 @@ class Experience:
 
 def _cost(record: Recorded, event: RequestFinished) -> float | None:
     """By its usage; of an answer that was cut off, by as much of it as came. A cloud that failed before its first token
-    takes nothing, one that was told to stop has read the prompt."""
+    takes nothing, one that was told to stop has read the prompt. What stands above a mark is the edge's."""
     price, route = record.price, event.route
     if price is None:
         return None
-    asked = record.target == "cloud" or (record.judged is not None and not record.judged.good)
-    stopped = route is None and asked and event.outcome == "cancelled"
-    worked = route is not None and route.target == "cloud" and not (route.cached and route.cached.saved)
-    if not worked and not stopped:
+    if route is None or route.target == "edge":
+        asked = record.target == "cloud" or (record.judged is not None and not record.judged.good)
+        stopped = asked and event.outcome == "cancelled" and not (route and route.failovers)
+        return price.of(record.request.prompt_tokens, 0 if route else event.tokens) if stopped else 0.0
+    if route.cached and route.cached.saved:
         return 0.0
+    above = route.switched.usage if route.switched else Usage(prompt_tokens=0, completion_tokens=0)
     if event.usage is None:
-        return price.of(record.request.prompt_tokens, event.tokens)
-    return price.of(event.usage.prompt_tokens, event.usage.completion_tokens)
+        return price.of(record.request.prompt_tokens, event.tokens - above.completion_tokens)
+    return price.of(
+        event.usage.prompt_tokens - above.prompt_tokens, event.usage.completion_tokens - above.completion_tokens
+    )
 
 
 def _within(waits: deque[float], targets: Targets) -> dict[str, float]:

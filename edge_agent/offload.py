@@ -75,8 +75,8 @@ class Offload:
         if request.label == "edge_only":
             raise PolicyDenied("label edge_only: stays on the device", source="edge")
         request, originals = self._redacted(request, policy)
-        if request.scenario is not None:
-            request = msgspec.structs.replace(request, scenario=None)
+        if request.scenario is not None or request.streamed:
+            request = msgspec.structs.replace(request, scenario=None, streamed=False)
         self._admit(policy)
         async with aclosing(self._cloud.answer(request)) as deltas:
             first = await self._first(deltas, policy)

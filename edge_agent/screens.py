@@ -17,10 +17,11 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
+from edge_agent.fences import fence_after
+
 Show = Callable[[str], None]
 CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """All but newline and tab; with them, what turns the direction of text."""
-FENCE: Final = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 MIN_LINES: Final = 3
 REFRESH_S: Final = 1 / 12
 
@@ -150,11 +151,7 @@ def split_blocks(text: str) -> tuple[str, str]:
         if not line.endswith("\n"):
             break
         at += len(line)
-        mark = FENCE.match(line)
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and not line.strip(" \n`~"):
-            fence = ""
+        fence = fence_after(line, fence)
         if not fence and not line.strip():
             end = at
     return text[:end], text[end:]

@@ -123,14 +123,16 @@ def replay_journal(
 @app.command("calibrate")
 def calibrate_cascade(
     outcomes: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Answers known to be right or wrong.")],
-    hold: Annotated[str, typer.Option(help="sentence or answer, as the policy's cascade has it.")] = "sentence",
+    hold: Annotated[str, typer.Option(help="none, sentence or answer, as the policy has it.")] = "sentence",
 ) -> None:
     """Fit the cascade to a model: prints what belongs under `cascade` in the policy, with its reliability as comments.
 
     OUTCOMES has one JSON object a line: `model`, `right` (true or false), `logprobs` (a chat completion's
     `choices[0].logprobs.content`, asked for with `top_logprobs: 5`) and, for one file of the model alone, `digest`.
+    With `second`, the same of another reply, drawn as the policy's `second_sample` says (and `second_model`, if it is
+    another model's), there are two curves: without and with the agreement of the two.
     """
-    held: dict[str, Hold] = {"sentence": "sentence", "answer": "answer"}
+    held: dict[str, Hold] = {"none": "none", "sentence": "sentence", "answer": "answer"}
     if hold not in held:
         raise typer.BadParameter(f"must be one of {', '.join(held)}", param_hint="--hold")
     try:
@@ -139,12 +141,13 @@ def calibrate_cascade(
         typer.echo(f"{outcomes}: {error}", err=True)
         raise typer.Exit(1) from None
     for one in fitted:
-        typer.echo(
-            f"# {one.model}: {one.answers} answers, {one.right:.0%} right; of answers not fitted to: calibration"
-        )
-        typer.echo(f"# error {one.error:.3f}, a right one ranks above a wrong one with probability {one.ranked:.2f}")
-        for part in one.bins:
-            typer.echo(f"#   said {part.said:.2f}   right {part.right:.2f}   of {part.count}")
+        typer.echo(f"# {one.model}: {one.answers} answers, {one.right:.0%} right; of answers not fitted to:")
+        for what, curve in {"calibration error": one.alone, "with second samples: error": one.agreed}.items():
+            if curve is not None:
+                ranked = f"a right one ranks above a wrong one with probability {curve.ranked:.2f}"
+                typer.echo(f"# {what} {curve.error:.3f}, {ranked}")
+                for part in curve.bins:
+                    typer.echo(f"#   said {part.said:.2f}   right {part.right:.2f}   of {part.count}")
     typer.echo(section(fitted))
 
 

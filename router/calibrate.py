@@ -4,7 +4,7 @@ signals that are read when it answers. Regression with a ridge on standard input
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -12,13 +12,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from router.cascade_rules import Calibration, CascadeRules
+from router.cascade_rules import AgreedCurve, Calibration, CascadeRules
 from router.confidence import Heard, Tally, probability
 from shared.errors import BadRequest
 from shared.schemas import Delta, TokenLogprob, TopLogprob
 
 SIGNALS: Final = ("mean_logprob", "least_logprob", "margin", "entropy")
-_SIGNS: Final = np.array([1, 1, 1, -1])
+AGREED: Final = (*SIGNALS, "agreement")
+"""Where a second sample was heard."""
+_SIGNS: Final = np.array([1, 1, 1, -1, 1])
 """Which way each one says that the model is sure."""
 MAX_ROWS: Final = 100_000
 MAX_LINE_BYTES: Final = 16 << 20
@@ -45,12 +47,15 @@ class Token(msgspec.Struct, frozen=True):
 
 class Answered(msgspec.Struct, frozen=True):
     """One line of the table. `logprobs` is a chat completion's `choices[0].logprobs.content`, asked for with
-    `top_logprobs: 5`; `digest` is how the SHA-256 of the model's file begins."""
+    `top_logprobs: 5`; `digest` is how the SHA-256 of the model's file begins. `second` is the same of another reply to
+    the question, sampled, and `second_model` whose it is, if it is another model's."""
 
     model: str
     right: bool
     logprobs: tuple[Token, ...]
     digest: str = ""
+    second: tuple[Token, ...] | None = None
+    second_model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +68,28 @@ class Bin:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """`bins` and `error` (expected calibration error) are of answers judged by a curve that was not fitted to them.
+class Reliability:
+    """Of answers judged by a curve that was not fitted to them; `error` is the expected calibration error.
 
     `ranked` is the probability that a right answer is thought better of than a wrong one (AUROC): at 0.5 the signals
     say nothing about this model.
     """
 
+    bins: tuple[Bin, ...]
+    error: float
+    ranked: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """`agreed`: with second samples, where the table has them; `alone`: without."""
+
     model: str
     calibration: Calibration
     answers: int
     right: float
-    bins: tuple[Bin, ...]
-    error: float
-    ranked: float
+    alone: Reliability
+    agreed: Reliability | None = None
 
 
 def read(path: Path) -> Iterator[Answered]:
@@ -98,61 +111,99 @@ def read(path: Path) -> Iterator[Answered]:
 
 def heard(answered: Answered, rules: CascadeRules) -> Heard:
     """What the cascade would have heard of it under these rules."""
+    second = None if answered.second is None else _tallied(answered.second, rules).said
+    return _tallied(answered.logprobs, rules).heard(second=second)
+
+
+def _tallied(tokens: Sequence[Token], rules: CascadeRules) -> Tally:
     tally = Tally()
-    for at, token in enumerate(answered.logprobs, 1):
+    for at, token in enumerate(tokens, 1):
         top = tuple(TopLogprob(rival.token, rival.logprob) for rival in token.top_logprobs)
-        last = at == len(answered.logprobs)
         logprobs = (TokenLogprob(token.token, token.logprob, (), top),)
+        last = at == len(tokens)
         tally.push(Delta(text=token.token, tokens=1, logprobs=logprobs, finish_reason="stop" if last else None))
         if tally.enough(rules, 0.0):
             break
-    return tally.heard()
+    return tally
 
 
 def calibrate(rows: Iterable[Answered], rules: CascadeRules) -> list[Fitted]:
-    """By model and digest, in the order of the table. Raises BadRequest where one has too few answers."""
+    """By model and digest, in the order of the table. Raises BadRequest where one has too few answers, or second
+    samples for some of them only, or of several models."""
     groups: dict[tuple[str, str], list[tuple[Heard, bool]]] = {}
+    seconds: dict[tuple[str, str], str | None] = {}
     for row in rows:
-        groups.setdefault((row.model, row.digest), []).append((heard(row, rules), row.right))
-    return [_fitted(model, digest, pairs) for (model, digest), pairs in groups.items()]
+        key = row.model, row.digest
+        if seconds.setdefault(key, row.second_model) != row.second_model:
+            raise BadRequest(f"{row.model}: its second samples are of several models", param="outcomes")
+        groups.setdefault(key, []).append((heard(row, rules), row.right))
+    return [_fitted(*key, pairs, seconds[key]) for key, pairs in groups.items()]
 
 
-def _fitted(model: str, digest: str, pairs: Sequence[tuple[Heard, bool]]) -> Fitted:
-    told = [one for one, _ in pairs]
+def _fitted(model: str, digest: str, pairs: Sequence[tuple[Heard, bool]], second: str | None) -> Fitted:
     right = np.array([outcome for _, outcome in pairs], np.float64)
     if len(pairs) < LEAST_ROWS or min(right.sum(), len(right) - right.sum()) < LEAST_OF_EITHER:
         least = f"at least {LEAST_ROWS} answers, {LEAST_OF_EITHER} of them right and {LEAST_OF_EITHER} wrong"
         raise BadRequest(f"{model}: {len(pairs)} answers, {int(right.sum())} right; it takes {least}", param="outcomes")
-    inputs = np.array([[getattr(one, name) for name in SIGNALS] for one in told])
-    fold = np.arange(len(pairs)) % FOLDS
-    said = np.empty(len(pairs))
-    for number in range(FOLDS):
-        others = fold != number
-        curve = _fit(inputs[others], right[others], digest)
-        said[~others] = [probability(told[at], curve) for at in np.flatnonzero(~others)]
+    told = [one for one, _ in pairs]
+    known = {one.agreement is not None for one in told}
+    if len(known) > 1:
+        raise BadRequest(f"{model}: some answers have a second sample and some have none", param="outcomes")
+    alone, agreed = _unseen(told, right)
+    return Fitted(
+        model=model,
+        calibration=_curves(told, right, digest, second),
+        answers=len(pairs),
+        right=float(right.mean()),
+        alone=_reliability(alone, right),
+        agreed=_reliability(agreed, right) if known == {True} else None,
+    )
+
+
+def _unseen(told: Sequence[Heard], right: Floats) -> tuple[Floats, Floats]:
+    """What curves that were not fitted to an answer say of it: without its second sample, and with it."""
+    alone, agreed = np.empty(len(told)), np.empty(len(told))
+    for fold in range(FOLDS):
+        others = [at for at in range(len(told)) if at % FOLDS != fold]
+        curves = _curves([told[at] for at in others], right[others])
+        for at in range(fold, len(told), FOLDS):
+            alone[at] = probability(replace(told[at], agreement=None), curves)
+            agreed[at] = probability(told[at], curves)
+    return alone, agreed
+
+
+def _reliability(said: Floats, right: Floats) -> Reliability:
     bins = tuple(
         Bin(len(part), float(said[part].mean()), float(right[part].mean()))
         for part in np.array_split(np.argsort(said, kind="stable"), BINS)
     )
-    error = sum(one.count * abs(one.said - one.right) for one in bins) / len(pairs)
-    curve = _fit(inputs, right, digest)
-    return Fitted(model, curve, len(pairs), float(right.mean()), bins, error, _ranked(said, right))
+    error = sum(one.count * abs(one.said - one.right) for one in bins) / len(said)
+    return Reliability(bins, error, _ranked(said, right))
 
 
-def _fit(inputs: Floats, right: Floats, digest: str) -> Calibration:
-    """inputs (N, signals), right (N,) of 0 and 1; both occur. A surer answer is never thought worse of: a signal whose
-    slope comes out with the wrong sign, as happens to signals that say much the same, is left out."""
+def _curves(told: Sequence[Heard], right: Floats, digest: str = "", second: str | None = None) -> Calibration:
+    """Without second samples and, if there are any, with them."""
+    agreed = None
+    if told[0].agreement is not None:
+        agreed = AgreedCurve(model=second, **_fit(told, right, AGREED))
+    return Calibration(digest=digest, agreed=agreed, **_fit(told, right, SIGNALS))
+
+
+def _fit(told: Sequence[Heard], right: Floats, names: Sequence[str]) -> dict[str, float]:
+    """right (N,) of 0 and 1; both occur. Returns `bias` and a slope for each name. A surer answer is never thought
+    worse of: a signal whose slope comes out with the wrong sign, as happens to signals that say much the same, is left
+    out."""
+    inputs = np.array([[getattr(one, name) for name in names] for one in told], np.float64)
     mean, spread = inputs.mean(0), inputs.std(0)
     spread[spread < 1e-9] = 1.0
-    standard, used = (inputs - mean) / spread, np.arange(len(SIGNALS))
+    standard, used = (inputs - mean) / spread, np.arange(len(names))
     weights = _regress(standard, right)
     while len(used) and (wrong := weights[1:] * _SIGNS[used]).min() < 0:
         used = np.delete(used, int(wrong.argmin()))
         weights = _regress(standard[:, used], right)
-    slopes = np.zeros(len(SIGNALS))
+    slopes = np.zeros(len(names))
     slopes[used] = weights[1:] / spread[used]
-    bias = float(weights[0] - slopes @ mean)
-    return Calibration(digest=digest, bias=bias, **dict(zip(SIGNALS, map(float, slopes), strict=True)))
+    return {"bias": float(weights[0] - slopes @ mean), **dict(zip(names, map(float, slopes), strict=True))}
 
 
 def _regress(standard: Floats, right: Floats) -> Floats:
@@ -181,9 +232,11 @@ def _ranked(said: Floats, right: Floats) -> float:
 
 def section(fitted: Sequence[Fitted]) -> str:
     """What belongs under `cascade` in the policy."""
-    lines = ["calibration:"]
-    for one in fitted:
-        fields = one.calibration.model_dump()
-        values = ", ".join(f"{name}: {fields[name]:.6g}" for name in ("bias", *SIGNALS))
-        lines.append(f'  {json.dumps(one.model)}: {{digest: "{one.calibration.digest}", {values}}}')
-    return "\n".join(lines)
+    lines = (f"  {json.dumps(one.model)}: {_written(one.calibration.model_dump(exclude_none=True))}" for one in fitted)
+    return "\n".join(("calibration:", *lines))
+
+
+def _written(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_written(one)}" for name, one in value.items()) + "}"
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)

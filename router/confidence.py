@@ -5,11 +5,13 @@ that the answer is right. Values only, and no text is kept in them.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from router.cascade_rules import Calibration, CascadeRules
+from router.answer import final_answer
+from router.cascade_rules import Calibration, CascadeRules, Curve
 from router.difficulty import logistic
 from shared.schemas import Delta, ModelCard, TokenLogprob
 
@@ -22,6 +24,8 @@ Flaw = Literal["", "is empty", "repeats itself", "is not the JSON asked for"]
 """What no probability can make good."""
 
 _SENTENCE: Final = re.compile(r"""(?<![\d\s.])[.!?\u2026]["')\]]{0,3}\s|[\u3002\uff01\uff1f]|(?<=\S)\n""")
+_WORD: Final = re.compile(r"\w+")
+_NUMBER: Final = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*")
 _RUN: Final = 4
 _LEAST_WORDS: Final = 32
 _LEAST_DISTINCT: Final = 0.4
@@ -41,6 +45,8 @@ class Heard:
     """Probability of the likeliest token less that of the next."""
     entropy: float = 0.0
     """Of the likeliest tokens, all others as one; in nats."""
+    agreement: float | None = None
+    """How far a second sample says the same, 0 to 1; None where none was heard."""
     flaw: Flaw = ""
 
 
@@ -75,8 +81,8 @@ class Tally:
     """What of one answer has come so far. Whoever pushes bounds it."""
 
     def __init__(self) -> None:
-        self._text = ""
-        self._called = self._whole = self.sentence = False
+        self._text = self._called = ""
+        self._whole = self.sentence = False
         self._chars = self._tokens = 0
         self._logprob = self._margin = self._entropy = 0.0
         self._least = 0.0
@@ -85,7 +91,8 @@ class Tally:
         start = max(0, len(self._text) - 4)
         self._text += delta.text
         self._chars += len(delta.text) + sum(len(piece.arguments) for piece in delta.tool_calls)
-        self._called = self._called or bool(delta.tool_calls)
+        for piece in delta.tool_calls:
+            self._called += f" {piece.name} {piece.arguments}" if piece.name else piece.arguments
         self._whole = delta.finish_reason is not None
         self.sentence = self.sentence or _SENTENCE.search(self._text, start) is not None
         for token in delta.logprobs:
@@ -95,10 +102,15 @@ class Tally:
         """Whether to judge now, `waited_s` after the first of it came."""
         if self._whole or self._chars >= rules.max_chars or waited_s >= rules.max_s:
             return True
-        return rules.hold == "sentence" and self.sentence and self._tokens >= rules.min_tokens
+        return rules.hold != "answer" and self.sentence and self._tokens >= rules.min_tokens
 
-    def heard(self, *, as_json: bool = False) -> Heard:
-        """`as_json`: that is what was asked for."""
+    @property
+    def said(self) -> str:
+        """What it says and calls."""
+        return self._text + self._called
+
+    def heard(self, *, as_json: bool = False, second: str | None = None) -> Heard:
+        """`as_json`: that is what was asked for; `second`: what another sample said, as far as it was heard."""
         count = max(1, self._tokens)
         return Heard(
             tokens=self._tokens,
@@ -108,6 +120,7 @@ class Tally:
             least_logprob=self._least,
             margin=self._margin / count,
             entropy=self._entropy / count,
+            agreement=None if second is None else agreement(self.said, second),
             flaw=self._flaw(as_json),
         )
 
@@ -144,15 +157,36 @@ def judge(heard: Heard, rules: CascadeRules, card: ModelCard) -> Judged:
 
 def probability(heard: Heard, calibration: Calibration | None) -> float:
     """That the answer is right: the calibration's logistic curve over the signals; without one, the geometric mean of
-    the tokens' probabilities."""
+    the tokens' probabilities or, where a second sample was heard, the mean of that and of the agreement."""
     if calibration is None:
-        return math.exp(min(heard.mean_logprob, 0.0))
-    return logistic(
-        calibration.bias
-        + calibration.mean_logprob * heard.mean_logprob
-        + calibration.least_logprob * heard.least_logprob
-        + calibration.margin * heard.margin
-        + calibration.entropy * heard.entropy
+        fluent = math.exp(min(heard.mean_logprob, 0.0))
+        return fluent if heard.agreement is None else (fluent + heard.agreement) / 2
+    agreed = calibration.agreed
+    if agreed is None or heard.agreement is None:
+        return logistic(_weighed(heard, calibration))
+    return logistic(_weighed(heard, agreed) + agreed.agreement * heard.agreement)
+
+
+def agreement(one: str, other: str) -> float:
+    """How far two answers to one question say the same, 0 to 1: the share of words that they have in common; where both
+    come down to a number, half of it is whether that is the same."""
+    words = [Counter(_WORD.findall(text.casefold())) for text in (one, other)]
+    total = words[0].total() + words[1].total()
+    overlap = 2 * (words[0] & words[1]).total() / total if total else 1.0
+    numbers = [_NUMBER.findall(final_answer(text)) for text in (one, other)]
+    if not all(numbers):
+        return overlap
+    same: bool = numbers[0][-1].replace(",", "") == numbers[1][-1].replace(",", "")
+    return (overlap + same) / 2
+
+
+def _weighed(heard: Heard, curve: Curve) -> float:
+    return (
+        curve.bias
+        + curve.mean_logprob * heard.mean_logprob
+        + curve.least_logprob * heard.least_logprob
+        + curve.margin * heard.margin
+        + curve.entropy * heard.entropy
     )
 
 

@@ -42,7 +42,7 @@ class Decision:
     redact: bool = False
     """Whoever sends this request to the cloud must first replace its personal data and secrets."""
     escalates: bool = False
-    """The edge's answer is to be judged before it is shown, and the cloud may give its own instead."""
+    """The edge's answer is to be judged, and the cloud may give its own instead."""
     predictions: Predictions = UNMEASURED
     """What each side's answer would take and cost."""
 

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from router.cascade_rules import Calibration, CascadeRules
+from router.cascade_rules import AgreedCurve, Calibration, CascadeRules, SecondSample
 from router.classes import KNOWN, Targets
 from router.conditions import MAP, TEXT, ClassName, Condition, Range, TenantName, When, Written
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
@@ -441,6 +441,8 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         "goal": Goal,
         "cache": CacheRules,
         "cascade": CascadeRules,
+        "agreed": AgreedCurve,
+        "second_sample": SecondSample,
         "shadow": Override,
         "prices": Prices,
         "budgets": Budgets,

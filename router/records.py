@@ -38,6 +38,8 @@ class Outcome:
     """What the edge's cache had to do with it: `hit`, `shared`, `miss`, `bypass`; empty where there was none."""
     cost: float | None = None
     """What the cloud took for it, by the price then in force; None where there was none."""
+    switched: bool = False
+    """The beginning of the edge's answer was shown, then a mark and the cloud's."""
 
     @property
     def worked(self) -> bool:

@@ -49,7 +49,7 @@ class Chunks:
     """One streamed reply: deltas in, server-sent events out.
 
     Each choice's first chunk says the role, its last one has `finish_reason` and `causeway` (route, reason,
-    failovers). `end` gives the usage chunk if it was asked for, then `[DONE]`.
+    failovers), as has one whose text is a mark. `end` gives the usage chunk if it was asked for, then `[DONE]`.
     """
 
     def __init__(self, call: Call, *, reply_id: str, created: int) -> None:
@@ -77,7 +77,7 @@ class Chunks:
         self._opened[index] = True
         self._routes[index] = self.route = delta.route or self._routes[index]
         if delta.text or delta.logprobs:
-            events += self._chunk(index, self._piece(index, delta))
+            events += self._chunk(index, self._piece(index, delta), **marked(delta))
         if delta.tool_calls:
             called = [_tool_piece(piece) for piece in delta.tool_calls]
             events += self._chunk(index, {"delta": {"tool_calls": called}, "logprobs": None})
@@ -192,8 +192,19 @@ def service_tier(priority: Priority) -> str:
 
 
 def causeway_object(route: Route) -> dict[str, Any]:
-    said = {"route": route.target, "reason": route.reason, "failovers": route.failovers, "model": route.model}
-    return said | ({"cache": route.cached.use} if route.cached else {})
+    said: dict[str, Any] = {"route": route.target, "reason": route.reason, "failovers": route.failovers}
+    said["model"] = route.model
+    if route.cached:
+        said["cache"] = route.cached.use
+    if above := route.switched:
+        said["switched"] = {"from": above.target, "model": above.model, "starts_at": above.starts_at}
+        said["switched"]["usage"] = usage_object(above.usage)
+    return said
+
+
+def marked(delta: Delta) -> dict[str, Any]:
+    """What stands beside the text of a mark: who answers from there on."""
+    return {"causeway": causeway_object(delta.route)} if delta.marks and delta.route else {}
 
 
 def _event(value: dict[str, Any]) -> bytes:
@@ -205,12 +216,16 @@ def _total(usages: Sequence[Usage | None]) -> dict[str, Any]:
     known = [usage for usage in usages if usage is not None]
     if len(known) < len(usages):
         raise UpstreamFailed("the answer ended before its last token")
-    prompt, completion = known[0].prompt_tokens, sum(usage.completion_tokens for usage in known)
+    completion = sum(usage.completion_tokens for usage in known)
+    return usage_object(msgspec.structs.replace(known[0], completion_tokens=completion))
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": known[0].cached_tokens},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 

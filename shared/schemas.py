@@ -190,6 +190,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     deadline_s: float | None = None
     scenario: str | None = None
     """The class that the caller asks for: matter for the edge's policy, never sent."""
+    streamed: bool = False
+    """Its answer is read while it comes, and is the only one of its reply. Set by the surface, never sent."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.id) <= 128 or not self.id.isascii() or not self.id.isprintable():
@@ -266,6 +268,16 @@ class Cached(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.use in ("hit", "shared")
 
 
+class Switched(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Above an answer stands the beginning of another, by `target`'s `model`, and a mark between the two. Its own part
+    of the text starts at character `starts_at`; `usage` is the other's part of the whole."""
+
+    target: Target
+    model: str
+    starts_at: int
+    usage: Usage
+
+
 class Route(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Who serves a request and why: what `x-causeway-route`, `-reason`, `-failovers` and `-cache` say."""
 
@@ -274,6 +286,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     failovers: int = 0
     model: str = ""
     cached: Cached | None = None
+    switched: Switched | None = None
 
 
 class ToolPiece(msgspec.Struct, frozen=True, array_like=True):
@@ -290,7 +303,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One piece of an answer. The last one of a stream, and only it, has `finish_reason` and `usage`.
 
     `tokens` counts the model's tokens behind `text` (0 while text is held back for a stop string or half a character).
-    `route` is set by the Agent on the first and the last delta. `stop`, on the last, is the stop string that ended it.
+    `route` is set by the Agent on the first and the last delta, and on a mark. `stop`, on the last, is the stop string
+    that ended it.
     """
 
     text: str = ""
@@ -301,6 +315,11 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: Usage | None = None
     route: Route | None = None
     stop: str | None = None
+
+    @property
+    def marks(self) -> bool:
+        """Its text is the mark between two answers: what comes from here on is of the side that its route names."""
+        return self.finish_reason is None and self.route is not None and self.route.switched is not None
 
 
 class Answer(Protocol):

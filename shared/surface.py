@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
@@ -188,7 +189,9 @@ async def consume(
 
 
 async def _generate(answer: Answer, call: Generation, media_type: bytes, reply: Reply) -> None:
-    encoder, held = call.encoder, b""
+    encoder, held, requests = call.encoder, b"", call.requests
+    if call.stream and len(requests) == 1:
+        requests = (msgspec.structs.replace(requests[0], streamed=True),)
 
     async def take(index: int, delta: Delta) -> None:
         nonlocal held
@@ -203,7 +206,7 @@ async def _generate(answer: Answer, call: Generation, media_type: bytes, reply: 
             await reply.write(held, more=True)
             held = b""
 
-    await consume(answer, call.requests, take, renamed=call.renamed)
+    await consume(answer, requests, take, renamed=call.renamed)
     held += encoder.end()
     await (reply.write(held, more=False) if call.stream else reply.whole(held, encoder.route))
 

@@ -99,6 +99,9 @@ class RequestMetrics:
             "causeway_requests", "Finished requests", ("target", "outcome", "code"), registry=registry
         )
         self._failovers = Counter("causeway_failovers", "Fallbacks and failovers to another target", registry=registry)
+        self._switches = Counter(
+            "causeway_switches", "Answers that went on as another target's, under a mark", registry=registry
+        )
         self._tokens = Counter("causeway_tokens", "Tokens processed", ("kind",), registry=registry)
         self._first = Histogram(
             "causeway_first_token_seconds",
@@ -117,18 +120,21 @@ class RequestMetrics:
 
     def __call__(self, event: RequestFinished, /) -> None:
         target = event.route.target if event.route else "none"
+        switched = event.route.switched if event.route else None
         self._requests.labels(target, event.outcome, event.error_code or "").inc()
+        if switched:
+            self._switches.inc()
         if event.route and event.route.failovers:
             self._failovers.inc(event.route.failovers)
         if event.route and event.route.cached and event.route.cached.saved:
             return  # no model took this time or made these tokens
         if event.first_token_s is not None:
-            self._first.labels(target).observe(event.first_token_s)
+            self._first.labels(switched.target if switched else target).observe(event.first_token_s)
         if event.usage:
             self._tokens.labels("prompt").inc(event.usage.prompt_tokens)
             self._tokens.labels("cached").inc(event.usage.cached_tokens)
             self._tokens.labels("completion").inc(event.usage.completion_tokens)
-            if event.first_token_s is not None and event.usage.completion_tokens > 1:
+            if event.first_token_s is not None and event.usage.completion_tokens > 1 and not switched:
                 after_first = event.total_s - event.first_token_s
                 self._per_token.labels(target).observe(after_first / (event.usage.completion_tokens - 1))
 
@@ -151,6 +157,7 @@ class RequestLog:
             reason=event.route.reason if event.route else None,
             failovers=event.route.failovers if event.route else 0,
             cache=event.route.cached.use if event.route and event.route.cached else None,
+            switched=event.route.switched is not None if event.route else False,
             first_token_ms=None if event.first_token_s is None else round(event.first_token_s * 1e3, 1),
             total_ms=round(event.total_s * 1e3, 1),
             prompt_tokens=event.usage.prompt_tokens if event.usage else None,

@@ -55,6 +55,12 @@ class Gathered:
         return "".join(self._texts)
 
     @property
+    def answer(self) -> str:
+        """The text without what stands above a mark: of two answers, the one that counts."""
+        above = self.route.switched if self.route else None
+        return self.text[above.starts_at :] if above else self.text
+
+    @property
     def last(self) -> Delta:
         """Raises UpstreamFailed if it has not come."""
         if self._last is None:

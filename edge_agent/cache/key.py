@@ -12,8 +12,8 @@ from shared.schemas import ChatRequest
 
 SCHEME: Final = 1
 """Counted up when the same fields come to mean another answer: whatever was kept before is then never found."""
-NEUTRAL: Final = frozenset({"id", "priority", "deadline_s", "scenario"})
-"""Fields of a request that say when it is answered, not how."""
+NEUTRAL: Final = frozenset({"id", "priority", "deadline_s", "scenario", "streamed"})
+"""Fields of a request that say when it is answered and how it is read, not what is asked."""
 KEYED: Final = tuple(name for name in ChatRequest.__struct_fields__ if name not in NEUTRAL)
 TENANT_BYTES, DIGEST_BYTES = 16, 32
 

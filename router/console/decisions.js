@@ -39,7 +39,7 @@ export async function decisions(page, { every }) {
 
 function shown(one) {
   const target = one.refused ? "refused" : one.target;
-  const served = one.served && one.served !== one.target ? [" → ", chip(one.served)] : null;
+  const served = one.served && one.served !== one.target ? [one.switched ? " then " : " → ", chip(one.served)] : null;
   const element = row(COLUMNS, [
     clock(one.at),
     [chip(target), served],

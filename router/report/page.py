@@ -94,8 +94,15 @@ def _of_model(one: Fitted) -> Markup:
     rows = {
         "answers": count(one.answers),
         "right": percent(one.right),
-        "a right one ranks above a wrong one": ratio(one.ranked),
+        "a right one ranks above a wrong one": ratio(one.alone.ranked),
     }
-    shown = tag("div", list(curves.calibration(one.model, one.bins, one.error, "the answer is right")), class_="card")
+    told = {one.model: one.alone}
+    if one.agreed is not None:
+        rows["with a second sample"] = ratio(one.agreed.ranked)
+        told[f"{one.model}, with a second sample"] = one.agreed
+    shown = [
+        tag("div", list(curves.calibration(name, curve.bins, curve.error, "the answer is right")), class_="card")
+        for name, curve in told.items()
+    ]
     title = f"{one.model}{f' ({digest})' if digest else ''}"
     return tag("article", tag("h3", title), tag("div", facts(rows), class_="card"), tag("div", shown, class_="narrow"))

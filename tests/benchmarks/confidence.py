@@ -1,5 +1,6 @@
-"""What the cascade's probability is worth: 400 questions with known answers, asked of the local model, half of them to
-calibrate by and half to see what a threshold does. `FILE` gets what `router calibrate` reads.
+"""What the cascade's probability is worth: 400 questions with known answers, asked of the local model twice, greedily
+and sampled; half of them to calibrate by and half to see what a threshold does. `FILE` gets what `router calibrate`
+reads.
 
     PYTHONPATH=deploy python -m tests.benchmarks.confidence FILE
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.backends.llama import LlamaBackend
-from router.calibrate import Answered, calibrate, heard
+from router.calibrate import Answered, Rival, Token, calibrate, heard
 from router.cascade_rules import CascadeRules, Hold
 from router.confidence import probability
 from shared.models import default_store, digest_of, resolve
@@ -24,6 +25,8 @@ from shared.schemas import ChatRequest, Delta, Message, Sampling
 
 QUESTIONS = 400
 OUT_TOKENS = 32
+TEMPERATURE = 0.7
+"""Of the second sample."""
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8)
 SINGLES = {
     "What is the capital of {}?": "France Paris,Italy Rome,Spain Madrid,Germany Berlin,Japan Tokyo,Egypt Cairo,"
@@ -65,20 +68,27 @@ async def answered(backend: LlamaBackend, model: str, digest: str, number: int, 
         messages=(Message(role="user", content=question),),
         sampling=Sampling(temperature=0, max_tokens=OUT_TOKENS, logprobs=5),
     )
-    deltas: list[Delta] = [delta async for delta in backend.answer(request)]
+    sampling = Sampling(temperature=TEMPERATURE, seed=1, max_tokens=OUT_TOKENS, logprobs=0)
+    deltas, second = await asyncio.gather(
+        _all(backend, request),
+        _all(backend, msgspec.structs.replace(request, id=f"{number}.second", sampling=sampling)),
+    )
     said = re.findall(r"\w+", "".join(delta.text for delta in deltas).lower())
     numbers = [word for word in said if word.isdigit()]
     found = numbers[-1:] == [right] if right.isdigit() else right.lower() in said
-    tokens = [
-        {
-            "token": token.token,
-            "logprob": token.logprob,
-            "top_logprobs": [{"token": rival.token, "logprob": rival.logprob} for rival in token.top],
-        }
+    return Answered(model, found, _tokens(deltas), digest[:12], _tokens(second))
+
+
+async def _all(backend: LlamaBackend, request: ChatRequest) -> list[Delta]:
+    return [delta async for delta in backend.answer(request)]
+
+
+def _tokens(deltas: Sequence[Delta]) -> tuple[Token, ...]:
+    return tuple(
+        Token(token.token, token.logprob, tuple(Rival(rival.token, rival.logprob) for rival in token.top))
         for delta in deltas
         for token in delta.logprobs
-    ]
-    return msgspec.convert({"model": model, "right": found, "logprobs": tokens, "digest": digest[:12]}, Answered)
+    )
 
 
 async def ask_all(model: Path) -> list[Answered]:
@@ -86,7 +96,7 @@ async def ask_all(model: Path) -> list[Answered]:
     await backend.start()
     try:
         name, digest = backend.model_card().id, digest_of(model)
-        room = asyncio.Semaphore(4)
+        room = asyncio.Semaphore(2)
 
         async def one(number: int, question: str, right: str) -> Answered:
             async with room:
@@ -99,18 +109,31 @@ async def ask_all(model: Path) -> list[Answered]:
 
 
 def report(rows: Sequence[Answered], rules: CascadeRules) -> Iterator[str]:
+    (fitted,) = calibrate(rows, rules)
+    yield f"{fitted.answers} answers, {fitted.right:.0%} right; by five folds:"
+    for name, curve in (("alone", fitted.alone), ("with a second sample", fitted.agreed)):
+        if curve is not None:
+            yield f"  {name}: AUROC {curve.ranked:.3f}, calibration error {curve.error:.3f}"
     half = len(rows) // 2
     (fitted,) = calibrate(rows[:half], rules)
-    yield f"{half} to calibrate by: {fitted.right:.0%} right, ranked {fitted.ranked:.2f}, error {fitted.error:.3f}"
-    for name, curve in (("uncalibrated", None), ("calibrated", fitted.calibration)):
-        said = [(probability(heard(row, rules), curve), row.right) for row in rows[half:]]
-        off = sum(p for p, _ in said) / len(said) - sum(right for _, right in said) / len(said)
-        yield f"{name}: mean p less share right {off:+.2f}"
-        for threshold in THRESHOLDS:
-            kept = [right for p, right in said if p >= threshold]
-            share = f"{sum(kept) / len(kept):.0%} right" if kept else ""
-            sent = 1 - len(kept) / len(said)
-            yield f"  threshold {threshold:.1f}: {sent:4.0%} to the cloud, kept {len(kept):3d} {share}"
+    for name, tried in (
+        ("alone", [msgspec.structs.replace(row, second=None) for row in rows[half:]]),
+        ("with a second sample", rows[half:]),
+    ):
+        for kind, calibration in (("uncalibrated", None), (f"calibrated by the other {half}", fitted.calibration)):
+            yield f"{name}, {kind}:"
+            yield from thresholds([(probability(heard(row, rules), calibration), row.right) for row in tried])
+
+
+def thresholds(said: Sequence[tuple[float, bool]]) -> Iterator[str]:
+    """What each threshold sends and keeps of answers with their probability and whether they were right."""
+    off = sum(p for p, _ in said) / len(said) - sum(right for _, right in said) / len(said)
+    yield f"  mean p less share right {off:+.2f}"
+    for threshold in THRESHOLDS:
+        kept = [right for p, right in said if p >= threshold]
+        share = f"{sum(kept) / len(kept):.0%} right" if kept else ""
+        sent = 1 - len(kept) / len(said)
+        yield f"  threshold {threshold:.1f}: {sent:4.0%} to the cloud, kept {len(kept):3d} {share}"
 
 
 def main(file: str) -> None:

@@ -1,76 +1,25 @@
 """The cascade: the edge's answer is judged before it is shown, and the cloud's may take its place."""
 
 import asyncio
-import math
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cascade_parts import HERE, POLICY, SURE, UNSURE, Edge, routes, said
 from edge_apps import edge
-from edge_sides import LAST, THERE, Local, Remote, ask, collect, text_of
+from edge_sides import LAST, THERE, ask, collect, text_of
 from fakes import ScriptedAnswer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.agent import Agent
-from edge_agent.cache.answers import AnswerCache
-from edge_agent.cache.memory import MemoryLayer
-from edge_agent.cache.store import Store
 from edge_agent.cascade import Trial
-from edge_agent.device import Device
-from edge_agent.experience import Experience
-from edge_agent.offload import Offload
 from router.cascade_rules import CascadeRules
-from router.policy import Policy, parse
-from router.records import Recorded, decoded, encode
+from router.records import decoded, encode
 from shared.errors import BY_CODE, Unreachable, from_code
-from shared.schemas import ChatRequest, Delta, Grammar, Label, ModelCard, Route, Sampling, TokenLogprob, TopLogprob
-from shared.telemetry import RequestFinished
+from shared.schemas import ChatRequest, Delta, Grammar, Label, ModelCard, Route, Sampling
 
-POLICY = "mode: prefer_edge\nfirst_token_timeout_s: 5\ncascade: {threshold: 0.6, min_tokens: 2}\n"
 WHOLE = "mode: prefer_edge\ncascade: {threshold: 0.6, hold: answer}\n"
-
-
-def said(text: str, p: float) -> Delta:
-    """One token that the model gives the probability p."""
-    top = tuple(TopLogprob(f"t{at}", math.log(share)) for at, share in enumerate((p, *((1 - p) / 5,) * 4)))
-    return Delta(text=text, tokens=1, logprobs=(TokenLogprob(text, math.log(p), (), top),))
-
-
-def answer(p: float) -> tuple[Delta, ...]:
-    return (*(said(text, p) for text in ("It ", "is ", "here. ", "And ", "more.")), LAST)
-
-
-SURE, UNSURE = answer(0.9), answer(0.3)
-HERE = "It is here. And more."
-
-
-class Edge:
-    """An Agent with a cascade, both sides in the test's hands. `kept` is what the journal would get."""
-
-    def __init__(
-        self, local: tuple[Any, ...], cloud: tuple[Any, ...] = THERE, policy: str = POLICY, cache: bool = False
-    ) -> None:
-        self.here, self.there = ScriptedAnswer(*local), ScriptedAnswer(*cloud)
-        self.local, self.remote = Local(self.here), Remote(self.there)
-        self.events: list[RequestFinished] = []
-        self.kept: list[Recorded] = []
-        self.policy: Policy = parse(policy)
-        experience = Experience(self.kept.append)
-        self.agent = Agent(
-            self.local,
-            Offload(self.remote),
-            policy=lambda _: self.policy,
-            device=Device(self.local).reading,
-            cache=AnswerCache(Store([MemoryLayer(1 << 20)])) if cache else None,
-            listeners=(self.events.append, experience),
-            record=experience.decided,
-        )
-
-
-def routes(deltas: list[Delta]) -> list[Route]:
-    return [delta.route for delta in deltas if delta.route]
 
 
 async def test_a_sure_answer_is_shown() -> None:
@@ -223,7 +172,8 @@ async def test_what_is_held_is_bounded() -> None:
     short, slow = Trial(ask(), chars, card, lambda: now), Trial(ask(), seconds, card, lambda: now)
     for trial, step in ((short, 0.0), (slow, 2.0)):
         async with aclosing(endless(step)) as deltas:
-            assert (await trial.hear(deltas)).good
+            assert not [delta async for delta in trial.hear(deltas)]
+            assert (await trial.judged()).good
 
     assert [text_of(short.held), text_of(slow.held)] == ["word word ", "word word word "]
 

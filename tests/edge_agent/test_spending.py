@@ -24,7 +24,7 @@ from router.money import Price
 from router.policy import parse
 from router.records import Outcome, Recorded, read
 from shared.errors import RateLimited, UpstreamFailed
-from shared.schemas import Cached, Delta, Route, Target, Usage
+from shared.schemas import Cached, Delta, Route, Switched, Target, Usage
 from shared.telemetry import RequestFinished
 
 PRICES = "prices: {cloud: {input_per_million: 1000, output_per_million: 1000, currency: EUR}}\n"
@@ -218,6 +218,7 @@ def event(target: Target | None, outcome: str = "done", usage: Usage | None = No
 
 
 USED = Usage(prompt_tokens=60, completion_tokens=40)
+ABOVE = Switched(target="edge", model="small", starts_at=9, usage=Usage(prompt_tokens=30, completion_tokens=3))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,8 @@ USED = Usage(prompt_tokens=60, completion_tokens=40)
         (event("cloud", usage=USED, cached=Cached(use="miss")), 0.1),
         (event("cloud", "cancelled"), 0.057),
         (event("cloud", "error"), 0.057),
+        (event("cloud", usage=USED, switched=ABOVE), 0.067),
+        (event("cloud", "cancelled", switched=ABOVE), 0.054),
         (event(None, "cancelled"), 0.057),
         (event(None, "error"), 0.0),
     ],
@@ -255,6 +258,16 @@ def test_a_cascade_may_cost_too() -> None:
         assert experience.spending.spent("").day == pytest.approx(0.1)
         experience(event(served, usage=USED))
         assert experience.spending.spent("").day == pytest.approx(cost)
+
+
+@pytest.mark.parametrize(("failovers", "cost"), [(0, 0.05), (1, 0.0)])
+def test_who_leaves_while_the_cloud_is_asked_has_it_read_the_prompt(failovers: int, cost: float) -> None:
+    """Although the edge's beginning was shown; not where the edge goes on because the cloud had failed."""
+    experience = Experience(None, at_noon())
+    trial = replace(record(), target="edge", escalates=True)
+    experience.decided("r", replace(trial, judged=Judged(heard=Heard(), p=0.1, threshold=0.6)))
+    experience(event("edge", "cancelled", failovers=failovers))
+    assert experience.spending.spent("").day == pytest.approx(cost)
 
 
 async def test_a_cloud_that_fails_costs_nothing(tmp_path: Path) -> None:

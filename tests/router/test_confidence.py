@@ -226,12 +226,13 @@ def test_a_curve_is_found_again() -> None:
     """What made the outcomes is what the fit says, and its reliability is measured on answers it did not see."""
     (fitted,) = calibrate(table(2000), CascadeRules(threshold=0.5, hold="answer"))
 
-    assert fitted.answers == sum(part.count for part in fitted.bins) == 2000
+    assert fitted.answers == sum(part.count for part in fitted.alone.bins) == 2000
     unseen = [heard_of(one, CascadeRules(threshold=0.5, hold="answer")) for one in table(200, seed=8)]
     off = [probability(one, fitted.calibration) - 1 / (1 + math.exp(-(3 + 2 * one.mean_logprob))) for one in unseen]
     assert sum(map(abs, off)) / len(off) < 0.05
-    assert fitted.error < 0.05
-    assert fitted.ranked > 0.7
+    assert fitted.alone.error < 0.05
+    assert fitted.alone.ranked > 0.7
+    assert fitted.agreed is None
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,7 +10,7 @@ from fakes import ScriptedAnswer
 from prometheus_client import CollectorRegistry
 
 from shared.errors import Cancelled, Overloaded
-from shared.schemas import ChatRequest, Delta, Route, Usage
+from shared.schemas import ChatRequest, Delta, Route, Switched, Usage
 from shared.telemetry import RequestFinished, RequestLog, RequestMetrics, observed, set_up_logging
 
 REQUEST = ChatRequest(id="r", model="m", prompt="the secret prompt")
@@ -106,6 +106,22 @@ async def test_metrics_count_what_happened() -> None:
     assert [value("causeway_tokens_total", kind=kind) for kind in ("prompt", "cached", "completion")] == [10, 4, 3]
     assert value("causeway_first_token_seconds_sum", target="cloud") == 1
     assert value("causeway_output_token_seconds_sum", target="cloud") == 0.5
+
+
+async def test_a_switch_is_counted_and_no_sides_pace() -> None:
+    """The first token was the other side's, and the time per token is of neither."""
+    registry = CollectorRegistry()
+    above = Switched(target="edge", model="small", starts_at=9, usage=USAGE)
+    route = Route(target="cloud", reason="unsure", switched=above)
+    last = Delta(finish_reason="stop", usage=USAGE, route=route)
+    (event,) = await events_of(DONE[0], Delta(text="---", route=route), DONE[1], last)
+
+    RequestMetrics(registry)(event)
+
+    assert registry.get_sample_value("causeway_switches_total") == 1
+    assert registry.get_sample_value("causeway_requests_total", {"target": "cloud", "outcome": "done", "code": ""}) == 1
+    assert registry.get_sample_value("causeway_first_token_seconds_count", {"target": "edge"}) == 1
+    assert registry.get_sample_value("causeway_output_token_seconds_count", {"target": "cloud"}) is None
 
 
 async def test_the_log_is_one_line_without_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:

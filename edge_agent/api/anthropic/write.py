@@ -6,7 +6,7 @@ import msgspec
 
 from edge_agent.api.gathered import Gathered
 from shared.errors import CausewayError
-from shared.replies import causeway_object
+from shared.replies import causeway_object, marked
 from shared.schemas import Delta, FinishReason, Route, ToolPiece
 
 _KINDS = {
@@ -61,7 +61,7 @@ class WholeMessage:
 
 
 class MessageEvents:
-    """One streamed reply. Text and each call are blocks of their own, one after the other."""
+    """One streamed reply. Text, each call and what follows a mark are blocks of their own, one after the other."""
 
     def __init__(self, reply_id: str, model: str) -> None:
         self._head = _head(reply_id, model)
@@ -77,9 +77,9 @@ class MessageEvents:
         self.route = self._gathered.route
         events = b"" if self._begun else self._begin()
         if delta.text:
-            if self._open != "text":
+            if self._open != "text" or delta.marks:
                 events += self._start("text", {"type": "text", "text": ""})
-            events += self._delta({"type": "text_delta", "text": delta.text})
+            events += self._delta({"type": "text_delta", "text": delta.text}, **marked(delta))
         return events + b"".join(self._called(piece) for piece in delta.tool_calls)
 
     def end(self) -> bytes:
@@ -112,8 +112,8 @@ class MessageEvents:
         self._blocks += 1
         return events + _event("content_block_start", {"index": self._blocks - 1, "content_block": block})
 
-    def _delta(self, delta: dict[str, Any]) -> bytes:
-        return _event("content_block_delta", {"index": self._blocks - 1, "delta": delta})
+    def _delta(self, delta: dict[str, Any], **beside: Any) -> bytes:
+        return _event("content_block_delta", {"index": self._blocks - 1, "delta": delta, **beside})
 
     def _stop(self) -> bytes:
         if self._open is None:

@@ -8,7 +8,7 @@ import msgspec
 
 from edge_agent.api.gathered import Called, Gathered
 from shared.errors import CausewayError
-from shared.replies import causeway_object, finite
+from shared.replies import causeway_object, finite, marked
 from shared.schemas import Delta, Route, TokenLogprob
 
 Kind = Literal["chat", "generate"]
@@ -91,7 +91,7 @@ class Lines(_Encoder):
         self._take(delta)
         lines = b""
         if delta.text or delta.logprobs:
-            lines = self._object(delta.text, (), delta.logprobs, done=False) + b"\n"
+            lines = self._object(delta.text, (), delta.logprobs, done=False, **marked(delta)) + b"\n"
         if delta.finish_reason is None:
             return lines + self._calls(list(self._gathered.calls.values())[:-1])  # the last may still be written
         return lines + self._calls(self._gathered.whole_calls)

@@ -110,4 +110,4 @@ def _text(content: str | Sequence[dict[str, Any]], where: str) -> str:
 def answered(gathered: Gathered) -> Message:
     """What the assistant said and called, for the next turn. A call that was cut short is none."""
     calls = tuple(ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in gathered.sound_calls)
-    return Message(role="assistant", content=gathered.text, tool_calls=calls)
+    return Message(role="assistant", content=gathered.answer, tool_calls=calls)

@@ -130,7 +130,7 @@ class _Connection:
             await self._say(events.push(delta))
 
         try:
-            await consume(answer, (call.request,), take, renamed=RENAMED)
+            await consume(answer, (msgspec.structs.replace(call.request, streamed=True),), take, renamed=RENAMED)
             last = events.end()
             self._answering = False
             await self._say(last)

@@ -8,7 +8,7 @@ import msgspec
 from edge_agent.api.gathered import Called, Gathered
 from edge_agent.api.responses.read import ResponsesBody, ResponsesCall
 from shared.errors import CausewayError
-from shared.replies import causeway_object, error_body, finite, service_tier
+from shared.replies import causeway_object, error_body, finite, marked, service_tier
 from shared.schemas import Delta, Route, TokenLogprob, ToolPiece, Usage
 
 Keep = Callable[[dict[str, Any], Gathered], None]
@@ -18,7 +18,8 @@ Keep = Callable[[dict[str, Any], Gathered], None]
 class Events:
     """One response, event by event; each is an object with its `type` and its number. `keep` gets the finished one.
 
-    Text and each call are items of their own, one after the other. `clock` gives seconds since 1970.
+    Text, each call and what follows a mark are items of their own, one after the other. `clock` gives seconds since
+    1970.
     """
 
     def __init__(self, call: ResponsesCall, *, keep: Keep, clock: Callable[[], float]) -> None:
@@ -39,8 +40,8 @@ class Events:
         self.gathered.add(delta)
         events = self._begin() if self._number < 0 else []
         if delta.text or delta.logprobs:
-            if self._open != "text":
-                events += self._start_text()
+            if self._open != "text" or delta.marks:
+                events += self._start_text("incomplete" if delta.marks else "completed")
             events.append(self._text(delta))
         for piece in delta.tool_calls:
             events += self._called(piece)
@@ -63,8 +64,9 @@ class Events:
         body = self._body("in_progress", None)
         return [self._event("response.created", response=body), self._event("response.in_progress", response=body)]
 
-    def _start_text(self) -> list[dict[str, Any]]:
-        events = self._stop("completed")
+    def _start_text(self, before: str = "completed") -> list[dict[str, Any]]:
+        """`before` is what becomes of the item that is open."""
+        events = self._stop(before)
         self._open, self._logprobs = "text", []
         item = {"id": f"msg_{self._id}_{len(self._items)}", "type": "message", "role": "assistant"}
         self._items.append({**item, "status": "in_progress", "content": []})
@@ -78,7 +80,7 @@ class Events:
         logprobs = [_logprob(token) for token in delta.logprobs]
         self._logprobs += logprobs
         self._items[-1].setdefault("texts", []).append(delta.text)
-        return self._part_event("response.output_text.delta", delta=delta.text, logprobs=logprobs)
+        return self._part_event("response.output_text.delta", delta=delta.text, logprobs=logprobs, **marked(delta))
 
     def _called(self, piece: ToolPiece) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []

@@ -63,6 +63,7 @@ OTHER_REQUEST: dict[str, Any] = {
     "priority": "batch",
     "deadline_s": 5.0,
     "scenario": "voice",
+    "streamed": True,
 }
 OTHER_SCOPE: dict[str, Any] = {
     "tenant": "ann",

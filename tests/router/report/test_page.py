@@ -11,7 +11,7 @@ from reported import HOSTILE, records, tables
 
 from router.activity import mean_call_cost, summarise
 from router.assess import assess, shipped_assessments
-from router.calibrate import Bin, Fitted
+from router.calibrate import Bin, Fitted, Reliability
 from router.cascade_rules import Calibration
 from router.classes import KNOWN
 from router.difficulty import shipped_difficulty
@@ -55,7 +55,8 @@ class Reader(HTMLParser):
 
 def whole() -> Report:
     journal = records()
-    fitted = Fitted(HOSTILE, Calibration(bias=0), 100, 0.5, (Bin(50, 0.2, 0.3), Bin(50, 0.8, 0.7)), 0.1, 0.7)
+    told = Reliability((Bin(50, 0.2, 0.3), Bin(50, 0.8, 0.7)), 0.1, 0.7)
+    fitted = Fitted(HOSTILE, Calibration(bias=0), 100, 0.5, told, told)
     return Report(
         made=MADE,
         sources={"journal": HOSTILE},
