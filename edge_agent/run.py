@@ -115,10 +115,10 @@ def _history(state: Path, signer: Signer) -> History | None:
 def _local(settings: EdgeSettings, state: Path) -> Library:
     store = default_store(os.environ, Path.home())
 
-    def open_backend(file: Path) -> LlamaBackend:
+    def open_backend(file: Path, slots: int) -> LlamaBackend:
         return LlamaBackend(
             file,
-            slots=settings.slots,
+            slots=slots,
             context=settings.context,
             threads=settings.threads,
             queue=settings.queue,

@@ -41,8 +41,8 @@ class EdgeSettings(Settings):
     metered: bool | None = None
     """Whether this device's traffic costs, for rules that ask (`metered`); none: nobody has said."""
     policy: Path | None = None
-    slots: Annotated[int, Field(ge=1, le=64)] = 8
-    """How many requests the local model answers at once."""
+    slots: Annotated[int, Field(ge=1, le=64)] | None = None
+    """How many requests the local model answers at once; none: 8 to 16, as the machine has memory for their context."""
     context: Annotated[int, Field(ge=64, le=1 << 20)] | None = None
     """Of one request, prompt and output together; none: what the model was trained for, within reason."""
     context_shift: bool = False

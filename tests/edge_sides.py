@@ -83,6 +83,9 @@ class Local:
     def model_cards(self) -> tuple[ModelCard, ...]:
         return (self.card,)
 
+    def taken(self) -> int | None:
+        return None
+
     def loaded(self) -> list[Loaded]:
         card, file = self.card, Path("/nowhere/small.gguf")
         return [Loaded(card.id, file, "loaded", 2, 1, card.context_length, self.runtime.running, "cpu", None, None)]

@@ -72,6 +72,9 @@ class LoadableBackend(LocalBackend, Protocol):
     async def start(self) -> None:
         """Load the model. Raises ModelInvalid."""
 
+    def taken(self) -> int | None:
+        """Bytes of memory that it has now, beside its file's pages; None if that is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:

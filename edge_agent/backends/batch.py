@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.backends.drafting import Drafter, Drafts, smooth
-from edge_agent.backends.prefixes import MIN_TOKENS, Kept, Prefixes, common
+from edge_agent.backends.prefixes import MIN_TOKENS, Kept, Prefixes, State, common
 from edge_agent.backends.sampling import Ids, Sampler
 from edge_agent.backends.text import TextStream
 from shared.errors import BadRequest, CausewayError, UpstreamFailed
@@ -29,6 +29,8 @@ UNNOTICED_S = 0.04
 MIN_CHUNK = 32
 MIN_BESIDE = 8
 """The same, beside requests that decode."""
+COPIES = 64
+"""How many tokens can be copied from slot to slot, at least, while one is computed."""
 
 
 class Runtime(Protocol):
@@ -45,11 +47,10 @@ class Runtime(Protocol):
     def decode(self, count: int) -> bool: ...
     def logits(self) -> NDArray[np.float32]: ...
     def keep(self, sequence: int, length: int) -> None: ...
-    def share(self, source: int, target: int, length: int) -> None: ...
     def shift(self, sequence: int, start: int, count: int) -> None: ...
     def state_size(self, sequence: int) -> int: ...
-    def state(self, sequence: int) -> bytes: ...
-    def restore(self, sequence: int, state: bytes) -> bool: ...
+    def state(self, sequence: int) -> State: ...
+    def restore(self, sequence: int, state: State) -> bool: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -151,8 +152,8 @@ class Batcher:
         self._set_aside(slot, shared if slot is best else 0)
         if kept is not None and length >= shared + MIN_TOKENS:
             shared, public = (length if self._bring_back(slot, kept) else 0), 0 if kept.private else length
-        elif shared and best is not slot:
-            self._runtime.share(best.index, slot.index, shared)
+        elif best is not slot:
+            shared = shared if self._copied(best, slot, shared) else 0
         self._runtime.keep(slot.index, shared)
         slot.length, slot.end = shared, len(job.prompt)
         slot.tokens[: slot.end] = job.prompt
@@ -195,6 +196,12 @@ class Batcher:
         if len(kept.tokens) > self._runtime.context_length:
             return False
         return self._runtime.restore(slot.index, kept.state)
+
+    def _copied(self, source: Slot, target: Slot, shared: int) -> bool:
+        """Whether a slot now has all that another has computed: copied where what both share is worth it."""
+        if shared * COPIES < source.length or not shared:
+            return False
+        return self._runtime.restore(target.index, self._runtime.state(source.index))
 
     def _neighbours(self, slot: Slot) -> int:
         return sum(other.job is not None and abs(other.index - slot.index) == 1 for other in self._slots)
@@ -361,4 +368,7 @@ class Batcher:
             if sampled == count:
                 self._decode_s[count] = smooth(self._decode_s.get(count), took)
         elif decodes * 2 <= count:
-            self.prefill_tokens_per_s = smooth(self.prefill_tokens_per_s, count / took)
+            prompts = count - decodes
+            if prompts >= MIN_CHUNK or self.prefill_tokens_per_s is None:  # fewer take as long as a few more
+                seconds = max(took - self._decode_s.get(decodes, 0.0), took / 4)
+                self.prefill_tokens_per_s = smooth(self.prefill_tokens_per_s, prompts / seconds)

@@ -11,8 +11,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from edge_agent.backends.base import DEFAULT_CONTEXT
 from edge_agent.backends.keeper import Keeper, KeeperRules
@@ -195,6 +198,15 @@ class LlamaBackend:
 
     def model_card(self) -> ModelCard:
         return ModelCard(id=self._name, context_length=self._context_length)
+
+    def taken(self) -> int | None:
+        """See LoadableBackend: only Linux says."""
+        pid = self._keeper.pid
+        with suppress(psutil.Error):
+            if pid is not None and psutil.LINUX:
+                memory = psutil.Process(pid).memory_info()
+                return int(memory.rss - memory.shared)
+        return None
 
     # --- in ---
 

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.backends.base import DEFAULT_CONTEXT
+from edge_agent.backends.pages import zeros_given_back
+from edge_agent.backends.prefixes import State
 from shared.errors import UpstreamFailed
 from shared.gguf import ModelInvalid, check
 from shared.lookup import LONGEST
@@ -136,28 +138,26 @@ class Native:
         """Forget all but the first `length` tokens of a sequence. A length other than 0 needs `can_cut`."""
         self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
-    def share(self, source: int, target: int, length: int) -> None:
-        """Let a sequence be another's first `length` tokens. Copies the whole, then trims it: needs `can_cut`."""
-        self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-        self.keep(target, length)
-
     def state_size(self, sequence: int) -> int:
         return int(self._api.llama_state_seq_get_size(self._context, sequence))
 
-    def state(self, sequence: int) -> bytes:
+    def state(self, sequence: int) -> State:
         """All that is computed of a sequence, in llama.cpp's own format; empty if it cannot be had."""
-        size = self.state_size(sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        written = int(self._api.llama_state_seq_get_data(self._context, buffer, size, sequence))
-        return bytes(memoryview(buffer)[:written])
+        buffer = np.empty(self.state_size(sequence), np.uint8)
+        written = int(self._api.llama_state_seq_get_data(self._context, self._bytes(buffer), len(buffer), sequence))
+        return buffer[:written].data
 
-    def restore(self, sequence: int, state: bytes) -> bool:
+    def restore(self, sequence: int, state: State) -> bool:
         """Put it in place of what the sequence was; False, and the sequence is empty, if it does not fit."""
-        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        read = int(self._api.llama_state_seq_set_data(self._context, data, len(state), sequence))
-        if read != len(state):
+        data = np.frombuffer(state, np.uint8) if len(state) else np.empty(0, np.uint8)
+        read = int(self._api.llama_state_seq_set_data(self._context, self._bytes(data), len(data), sequence))
+        if not read or read != len(data):
             self.keep(sequence, 0)
-        return read == len(state)
+            return False
+        return True
+
+    def _bytes(self, of: NDArray[np.uint8]) -> Any:
+        return of.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
     @property
     def can_shift(self) -> bool:
@@ -194,7 +194,8 @@ class Native:
         params.n_outputs_max = self._outputs
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
-        self._context = self._api.llama_init_from_model(self._model, params)
+        with zeros_given_back():
+            self._context = self._api.llama_init_from_model(self._model, params)
         if self._context is None:
             raise ModelInvalid(
                 f"{path.name}: no memory for {slots} slots of {self.context_length} tokens", param="context"

@@ -15,13 +15,16 @@ MIN_TOKENS = 64
 """Shorter ones are computed again: that takes about one step."""
 MAX_KEPT = 256
 
+State = bytes | memoryview
+"""What was computed of a sequence, as llama.cpp wrote it."""
+
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Kept:
-    """A sequence's tokens and its state as llama.cpp wrote it. `private`: must not be written to disk."""
+    """A sequence's tokens and its state. `private`: must not be written to disk."""
 
     tokens: Ids
-    state: bytes
+    state: State
     private: bool
 
     @property
@@ -52,7 +55,7 @@ class Prefixes:
         self._kept.remove(kept)
         self._kept.append(kept)
 
-    def add(self, tokens: Ids, size: int, state: Callable[[], bytes], *, private: bool) -> None:
+    def add(self, tokens: Ids, size: int, state: Callable[[], State], *, private: bool) -> None:
         """Copy a state of `size` bytes out, unless it is too short, too long, or here already."""
         if len(tokens) < MIN_TOKENS or size + tokens.nbytes > self._budget:
             return

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_agent.backends.prefixes import Kept
+from edge_agent.backends.prefixes import Kept, State
 from shared.gguf import check
 
 MAGIC = b"CWPFX\x00\x00\x01"
@@ -150,7 +150,7 @@ class Saved:
         return kept
 
 
-def _digest(tokens: "np.ndarray[tuple[int], np.dtype[np.int32]]", state: bytes) -> bytes:
+def _digest(tokens: "np.ndarray[tuple[int], np.dtype[np.int32]]", state: State) -> bytes:
     digest = hashlib.sha256(tokens.astype("<i4").tobytes())
     digest.update(state)
     return digest.digest()

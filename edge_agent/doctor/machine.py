@@ -12,6 +12,7 @@ import psutil
 from edge_agent.backends.base import DEFAULT_CONTEXT
 from edge_agent.doctor.findings import Finding, fail, ok, warn
 from edge_agent.facts import facts_of
+from edge_agent.models.memory import slots_for
 from edge_agent.network import online
 from edge_agent.settings import EdgeSettings
 from shared.models import manifest_of, resolve, verify
@@ -51,7 +52,8 @@ def model(settings: EdgeSettings, store: Path) -> Iterator[Finding]:
     pulled = "SHA-256 as pulled" if manifest_of(path) else "header sound; no manifest to hold its bytes against"
     yield ok("model", f"{settings.model}: {facts.architecture}, {_mb(size)}, {pulled}")
     context = min(settings.context or DEFAULT_CONTEXT, facts.context_length or DEFAULT_CONTEXT)
-    yield from memory(size, facts.kv_bytes * context * settings.slots)
+    slots = settings.slots or slots_for(facts, context, psutil.virtual_memory().total)
+    yield from memory(size, facts.kv_bytes * context * slots)
 
 
 def memory(model_bytes: int, cache_bytes: int, available: Callable[[], int] | None = None) -> Iterator[Finding]:

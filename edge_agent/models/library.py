@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ from edge_agent.backends.base import LoadableBackend, Loaded, LocalReading
 from edge_agent.errors import NotEnoughMemory
 from edge_agent.facts import facts_of
 from edge_agent.locks import held
-from edge_agent.models.memory import NOTHING, Memory, Need, need
+from edge_agent.models.memory import MOST_SLOTS, NOTHING, Memory, Need, need, slots_for
 from edge_agent.models.shelf import Entry, Shelf
 from shared.errors import CausewayError, Overloaded, UnknownModel, UpstreamFailed
 from shared.models import verify
@@ -36,19 +36,24 @@ LOAD_S: Final = 600.0
 UNLOAD_S: Final = 60.0
 BUSY_RETRY_S: Final = 5.0
 
-Open = Callable[[Path], LoadableBackend]
+Open = Callable[[Path, int], LoadableBackend]
+"""A model's file, and how many slots it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`slots`, `context` and `prefix_bytes` are of each model; `queue` is how many may wait for one to be loaded,
-    `keep_s` how long it stays without work."""
+    """`slots` (none: see `slots_for`), `context` and `prefix_bytes` are of each model; `queue` is how many may wait for
+    one to be loaded, `keep_s` how long it stays without work."""
 
-    slots: int = 8
+    slots: int | None = None
     context: int | None = None
     queue: int = 64
     keep_s: float | None = 300.0
     prefix_bytes: int = 0
+
+    @property
+    def most_slots(self) -> int:
+        return self.slots or MOST_SLOTS
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +65,7 @@ class _Resident:
     idle_since: float
     ready: "asyncio.Task[LoadableBackend]" = field(init=False)
     need: Need = NOTHING
+    slots: int = 0
     users: int = 0
     loaded_at: datetime | None = None
     files: ExitStack = field(default_factory=ExitStack)
@@ -67,6 +73,11 @@ class _Resident:
     @property
     def backend(self) -> LoadableBackend | None:
         return self.ready.result() if self.ready.done() and not _failed(self.ready) else None
+
+    @property
+    def needs(self) -> Need:
+        """With what it has taken of it so far."""
+        return replace(self.need, taken=self.backend.taken()) if self.backend else self.need
 
     @property
     def idle(self) -> bool:
@@ -205,7 +216,7 @@ class Library:
     async def _in_use(self, entry: Entry) -> AsyncIterator[LoadableBackend]:
         """The model, loaded, for as long as the body runs. Who leaves while it loads leaves it to the others."""
         resident = self._residents.get(entry.name) or self._begin(entry)
-        if not resident.ready.done() and resident.users >= self._rules.slots + self._rules.queue:
+        if not resident.ready.done() and resident.users >= self._rules.most_slots + self._rules.queue:
             raise Overloaded(f"too many wait for {entry.name} to be loaded", source="edge", retry_after=BUSY_RETRY_S)
         resident.users += 1
         try:
@@ -232,7 +243,7 @@ class Library:
                 resident.need = await asyncio.to_thread(self._checked, resident)
                 await self._make_room(resident)
                 began = self._clock()
-                backend = await self._started(resident.entry.file)
+                backend = await self._started(resident)
         except BaseException as error:
             del self._residents[name]
             resident.files.close()
@@ -255,11 +266,12 @@ class Library:
         if seen not in self._hashed:
             verify(entry.file)
             self._hashed.add(seen)
-        rules = self._rules
-        return need(facts, found.st_size, slots=rules.slots, context=entry.context_length, kept=rules.prefix_bytes)
+        rules, context = self._rules, entry.context_length
+        resident.slots = rules.slots or slots_for(facts, context, self._memory.total)
+        return need(facts, found.st_size, slots=resident.slots, context=context, kept=rules.prefix_bytes)
 
-    async def _started(self, file: Path) -> LoadableBackend:
-        backend = self._open(file)
+    async def _started(self, resident: _Resident) -> LoadableBackend:
+        backend = self._open(resident.entry.file, resident.slots)
         try:
             async with asyncio.timeout(LOAD_S):
                 await backend.start()
@@ -273,7 +285,7 @@ class Library:
     async def _make_room(self, coming: _Resident) -> None:
         """Evict what is idle, least recently used first, and only if that helps. Raises NotEnoughMemory, Overloaded."""
         wanted = coming.need.total
-        while wanted > self._memory.room([other.need for other in self._residents.values() if other is not coming]):
+        while wanted > self._memory.room([other.needs for other in self._residents.values() if other is not coming]):
             others = sorted((found for found in self._residents.values() if found is not coming), key=_last_used)
             idle = [other for other in others if other.idle]
             count = next((n for n in range(1, len(idle) + 1) if wanted <= self._room(others, idle[:n])), None)
@@ -284,8 +296,8 @@ class Library:
                     await self._unload(victim)
 
     def _room(self, others: list[_Resident], leaving: list[_Resident]) -> int:
-        staying = [other.need for other in others if other not in leaving]
-        return self._memory.room(staying, [other.need for other in leaving])
+        staying = [other.needs for other in others if other not in leaving]
+        return self._memory.room(staying, [other.needs for other in leaving])
 
     def _refusal(self, coming: _Resident, others: list[_Resident], room: int) -> CausewayError:
         why = f"{coming.entry.name} needs {coming.need.total / 1e9:.1f} GB, {max(0, room) / 1e9:.1f} GB can be had"
@@ -362,7 +374,7 @@ class View:
     def reading(self) -> LocalReading:
         if self._backend:
             return self._backend.reading()
-        return _Absent(self._resident.users if self._resident else 0, self._rules.queue, self._rules.slots)
+        return _Absent(self._resident.users if self._resident else 0, self._rules.queue, self._rules.most_slots)
 
     async def count_tokens(self, request: ChatRequest) -> int:
         """Raises Overloaded if it is not loaded."""

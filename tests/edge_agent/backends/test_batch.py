@@ -76,12 +76,6 @@ class FakeRuntime:
         assert self.can_cut or length == 0
         self.cache[sequence] = self.cache.get(sequence, [])[:length]
 
-    def share(self, source: int, target: int, length: int) -> None:
-        assert self.can_cut
-        assert source != target
-        assert len(self.cache[source]) >= length
-        self.cache[target] = self.cache[source][:length]
-
     def shift(self, sequence: int, start: int, count: int) -> None:
         assert self.can_cut
         del self.cache[sequence][start : start + count]
@@ -276,6 +270,22 @@ def test_a_beginning_is_taken_over_from_a_busy_slot() -> None:
     assert isinstance(last, Delta)
     assert last.usage is not None
     assert last.usage.cached_tokens == 30
+
+
+def test_a_beginning_that_is_not_worth_copying_is_computed() -> None:
+    """Of a running sequence of 200 tokens, two are shared: they are computed again, three quarters are not."""
+    for shared, found in ((2, 0), (150, 150)):
+        runtime = FakeRuntime()
+        batcher = Batcher(runtime, 2)
+        first = Client([1] * shared + [2] * (200 - shared), 20)
+        batcher.admit(first.job)
+        while not first.events:
+            advance(batcher)
+        second = Client([1] * shared + [0], 5)
+        batcher.admit(second.job)
+        assert (runtime.copied, second.job.text.cached_tokens) == (bool(found), found)
+        finish(batcher)
+        assert (first.text, second.text) == (alone(first.prompt, 20), alone(second.prompt, 5))
 
 
 def answer_of(batcher: Batcher, prompt: list[int], count: int = 3, *, private: bool = False) -> int:

@@ -69,7 +69,7 @@ class Shelf:
         return Library(
             stored_file("default", self.store),
             self.store,
-            lambda path: Model(path, self),
+            lambda path, _: Model(path, self),
             memory=Memory(total=100 * ONE, available=lambda: 100 * ONE, limit=self.fit * ONE),
             rules=rules or Rules(slots=1, queue=2),
             clock=lambda: self.now,
@@ -380,7 +380,7 @@ async def test_two_real_models_side_by_side(model_path: Path, tmp_path: Path) ->
     library = Library(
         stored_file("one", store),
         store,
-        lambda path: LlamaBackend(path, slots=1, context=256, threads=1),
+        lambda path, slots: LlamaBackend(path, slots=slots, context=256, threads=1),
         memory=machine_memory(None),
         rules=Rules(slots=1, context=256),
     )

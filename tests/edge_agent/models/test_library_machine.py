@@ -91,7 +91,7 @@ class LibraryMachine(RuleBasedStateMachine):
         return Library(
             stored_file("default", store),
             store,
-            lambda path: Model(path.stem, self.world),
+            lambda path, _: Model(path.stem, self.world),
             memory=Memory(total=100 * ONE, available=lambda: 100 * ONE, limit=FIT * ONE),
             rules=Rules(slots=2, queue=2, keep_s=KEEP_S),
             clock=lambda: self.now,
