@@ -154,7 +154,7 @@ def calibrate_cascade(
 @app.command("report")
 def write_report(
     journal: Annotated[Path | None, _file("The edge agent's journal.db.")] = None,
-    outcomes: Annotated[Path | None, typer.Option(exists=True, help="A folder, or one .jsonl or .parquet.")] = None,
+    outcomes: Annotated[Path | None, typer.Option(exists=True, help="Outcome tables: a folder, or a file.")] = None,
     answers: Annotated[Path | None, _file("Judged answers, as for `router calibrate`.")] = None,
     policy: Annotated[Path | None, _file("Its goal, its prices, and what it would change.")] = None,
     out: Annotated[Path, typer.Option(dir_okay=False, help="The page to write.")] = Path("report.html"),

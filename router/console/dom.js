@@ -40,7 +40,7 @@ export function card(title, state, rows, ...rest) {
   return h("section", { class: "card" }, heading, facts(rows), ...rest);
 }
 
-// A column is its name, or "name:kind"; kinds are number, reason, words, detail and acts. A row is an element or its cells.
+// A column is its name, or "name:kind"; kinds are number, date, reason, words, detail and acts. A row is an element or its cells.
 export function table(columns, rows, { caption, list = false } = {}) {
   const head = h("tr", {}, columns.map((column) => h("th", { scope: "col", class: kind(column) }, name(column))));
   const body = rows.map((one) => (Array.isArray(one) ? row(columns, one) : one));

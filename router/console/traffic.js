@@ -37,7 +37,7 @@ function waits({ waits }) {
 }
 
 function attained({ attained }) {
-  const rows = attained.map((one) => [one.name, number(one.requests), percent(one.p50), percent(one.p95), percent(one.p99)]);
+  const rows = attained.map((one) => [spaced(one.name), number(one.requests), percent(one.p50), percent(one.p95), percent(one.p99)]);
   return table(["class:words", "requests:number", "in p50:number", "in p95:number", "in p99:number"], rows, { caption: "First tokens within their class's targets" });
 }
 
@@ -48,12 +48,14 @@ function forecasts({ forecasts }) {
   return table(["prediction of", "answers:number", "off by p50:number", "p95:number", "took longer:number"], rows, { caption: "Predicted and happened" });
 }
 
+const spaced = (name) => name.replaceAll("_", " ");
+
 const cost = (amounts) => Object.entries(amounts).map(([currency, amount]) => money(amount, currency)).join(", ") || "–";
 
 function groups(what, found) {
   const all = found[what];
   const rows = all.slice(0, LISTED).map((one) => [
-    one.name || "(no key shown)",
+    (what === "classes" ? spaced(one.name) : one.name) || "(no key shown)",
     meter(["edge", (one.decisions - one.to_cloud) / found.decisions], ["cloud", one.to_cloud / found.decisions]),
     number(one.decisions), percent(one.decisions / found.decisions), percent(one.to_cloud / one.decisions), number(one.refused), number(one.failed),
     ms(one.first_token_s?.p50), ms(one.first_token_s?.p95), cost(one.cost),
@@ -65,5 +67,5 @@ function groups(what, found) {
 function spending({ periods, cost: whole }) {
   if (!Object.keys(whole).length) return empty("Nothing is known of money: the policy has no prices.");
   const rows = periods.slice(-LISTED).reverse().map((one) => [one.label, number(one.decisions), number(one.to_cloud), cost(one.cost)]);
-  return table(["from, UTC", "decisions:number", "to the cloud:number", "cost:number"], rows, { caption: `Spending: ${cost(whole)} in all` });
+  return table(["from, UTC:date", "decisions:number", "to the cloud:number", "cost:number"], rows, { caption: `Spending: ${cost(whole)} in all` });
 }

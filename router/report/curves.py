@@ -115,13 +115,12 @@ def _one(one: Assessment, tried: Sequence[Aim], cost: CallCost | None) -> Markup
         tag("h3", one.figures.name),
         tag(
             "div",
-            tag("div", _curve(one, tried), class_="card"),
+            tag("div", _curve(one, tried), _numbers(one, cost), class_="card"),
             tag("div", calibration(one.figures.name, one.bins, one.error, "the cloud is needed"), class_="card"),
             class_="pair",
         ),
         _operating(one, [aim for aim in tried if aim.goal], cost),
         _thresholds(one, [aim for aim in tried if not aim.goal], cost),
-        _numbers(one, cost),
         _domains(one),
     )
 
