@@ -130,6 +130,7 @@ class Agent:
             return Plan(policy, error, replace(record, refused=error.code, reason=error.message))
         said = replace(
             record,
+            request=replace(features, scenario=decision.scenario),
             target=decision.target,
             rule=decision.rule,
             reason=decision.reason,

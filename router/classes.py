@@ -2,6 +2,7 @@
 
     asked for   the header x-causeway-class, else the body's causeway.class, else the policy's (or its tenant's)
                 `default_class`
+    given       by the first rule with a `class` whose conditions hold, whatever was asked for
     guessed     batch_processing for the service tier `flex`, real_time_chat for a chat, else content_generation
 
 A guess is counted and shown; no decision is made by it.

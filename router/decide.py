@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from router.classes import UNNAMED, Class
 from router.document import shorten
 from router.facts import Case, matched
 from router.features import DeviceReading, LinkReading, RequestFeatures
@@ -45,6 +46,8 @@ class Decision:
     """The edge's answer is to be judged, and the cloud may give its own instead."""
     predictions: Predictions = UNMEASURED
     """What each side's answer would take and cost."""
+    scenario: Class = UNNAMED
+    """The request's class: asked for, guessed, or given by a rule."""
 
     @property
     def reason(self) -> str:
@@ -99,6 +102,7 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
         redact=(choice.target == "cloud" or escalates) and _care(case) == "redact",
         escalates=escalates,
         predictions=case.predictions,
+        scenario=case.request.scenario,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
+from router.classes import Class
 from router.conditions import WEEKDAYS
 from router.expression import Fact
 from router.features import DeviceReading, LinkReading, RequestFeatures
@@ -105,16 +106,25 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
 
 
 def matched(case: Case) -> Case:
-    """The case with the strictest label that its rules give, and the first rule with a target whose conditions hold.
+    """The case with the class and the strictest label that its rules give, and the first rule with a target whose
+    conditions hold.
 
     A rule for the cloud does not apply to an edge_only request, which may not go there.
     """
-    case = _labelled(case)
+    case = _labelled(_classed(case))
     for rule in case.policy.rules:
         if rule.target is None or (rule.target == "cloud" and case.label == "edge_only"):
             continue
         if (match := _matching(rule, case, safe=rule.target == "edge")) is not None:
             return replace(case, match=match)
+    return case
+
+
+def _classed(case: Case) -> Case:
+    """By the first rule that gives one; rules that ask for the class, and all else, see that one then."""
+    for rule in case.policy.rules:
+        if rule.scenario is not None and _matching(rule, case, safe=False) is not None:
+            return replace(case, request=replace(case.request, scenario=Class(rule.scenario, guessed=False)))
     return case
 
 

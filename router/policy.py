@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 from zoneinfo import ZoneInfo
@@ -51,13 +51,21 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 class Rule(Written):
     """The first rule with a target whose conditions hold says where the request goes. Every rule whose conditions hold
-    gives it its label; the strictest counts."""
+    gives it its label; the strictest counts. The first with a class whose conditions hold gives it its class."""
 
     name: Name = Field(description="shown in the reason of every reply that it decides")
     when: Condition = Field(When(), description="a map of conditions, or one expression; nothing at all means always")
-    target: Target | None = Field(None, description="where the request goes; without it the rule gives a label only")
+    target: Target | None = Field(None, description="where the request goes; none: a label or a class only")
     label: Label = Field("free", description="what the request is labelled at least, wherever another rule sends it")
+    scenario: ClassName | None = Field(
+        None, alias="class", description="the scenario class of the request, whatever it asked for"
+    )
     fallback: bool = Field(True, description="false: this target or nobody, whatever happens")
+
+    @property
+    def silent(self) -> bool:
+        """It says nothing."""
+        return self.target is None and self.label == "free" and self.scenario is None
 
     @property
     def unconditional(self) -> bool:
@@ -71,7 +79,7 @@ class Rule(Written):
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.target is None and self.label == "free":
+        if self.silent:
             raise PydanticCustomError("missing", "is required", {"path": ("target",)})
         if self.target is None and not self.fallback:
             raise _at(("fallback",), "needs a target")
@@ -230,7 +238,7 @@ class Override(Written):
         mode, own = given.get("mode", base.mode), {rule.name for rule in self.rules}
         reached = not (self.rules and self.rules[-1].unconditional)
         common = [rule if reached and _permits(mode, rule) else rule.labelling for rule in base.rules]
-        kept = tuple(rule for rule in common if rule.name not in own and (rule.target or rule.label != "free"))
+        kept = tuple(rule for rule in common if rule.name not in own and not rule.silent)
         same = {name: getattr(base, name) for name in Policy.model_fields}
         return Policy(**{**same, **given, "rules": self.rules + kept, "tenants": {}, **others})
 
@@ -352,13 +360,22 @@ class Policy(Written):
             last = min(last, number) if rule.unconditional else last
         if (aimless := _aimless(self)) is not None:
             raise _at(("budgets",), aimless)
-        if self.default_class is not None and self.default_class not in self.targets:
-            raise _at(("default_class",), f"no class {self.default_class}; there are {', '.join(self.targets)}")
+        for path, name in _named_classes(self):
+            if name not in self.targets:
+                raise _at(path, f"no class {name}; there are {', '.join(self.targets)}")
         for name, override in self.tenants.items():
             _refuse_contradiction(("tenants", name), override, self)
         if self.shadow is not None:
             _refuse_contradiction(("shadow",), self.shadow, self, shadow=None)
         return self
+
+
+def _named_classes(policy: Policy) -> Iterator[tuple[Path, str]]:
+    if policy.default_class is not None:
+        yield ("default_class",), policy.default_class
+    for number, rule in enumerate(policy.rules):
+        if rule.scenario is not None:
+            yield ("rules", number, "class"), rule.scenario
 
 
 def _aimless(policy: Policy) -> str | None:

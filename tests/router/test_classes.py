@@ -130,6 +130,31 @@ def test_a_condition_on_the_class() -> None:
         assert decision.reason == "rule up: class real_time_chat"
 
 
+BULK = "mode: prefer_edge\nrules: [{name: bulk, when: {prompt_tokens: 100}, class: batch_processing}%s]"
+
+
+def test_a_rule_gives_a_class() -> None:
+    """Whatever was asked for; where it says no more, the others decide, and what is asked of the class is asked of that
+    one: here the slow edge makes the target. The decision says which it was, for the record."""
+    plain = decided(BULK % "")
+    assert (plain.target, plain.reason, plain.scenario) == ("edge", "mode prefer_edge", Class(BATCH, guessed=False))
+    asked = decided(BULK % ", {name: up, when: {class: batch_processing}, target: cloud}")
+    assert (asked.target, asked.reason) == ("cloud", "rule up: class batch_processing")
+    with_target = decided(BULK % ", {name: chat, class: real_time_chat, target: cloud}")
+    assert (with_target.target, with_target.scenario.name) == ("cloud", BATCH)
+    other = decided(BULK % "", request=replace(ASK, prompt_tokens=99))
+    assert (other.target, other.scenario.name) == ("cloud", CHAT)
+
+
+def test_a_tenants_rules_keep_the_common_classes() -> None:
+    """Also where its mode leaves a rule's target out."""
+    common = "mode: prefer_edge\nrules: [{name: bulk, class: batch_processing, target: cloud}]\n"
+    policy = parse(common + "tenants: {lab: {mode: only_edge}}").of("lab")
+    device = DeviceReading(model="small", context_length=4096)
+    decision = decide(ASK, policy, device=device, link=LinkReading(model="large"))
+    assert (decision.target, decision.scenario.name) == ("edge", BATCH)
+
+
 @pytest.mark.parametrize(
     ("source", "field", "message"),
     [
@@ -140,6 +165,8 @@ def test_a_condition_on_the_class() -> None:
         ("classes: {voice: {p50: 1, p95_ms: 2, p99_ms: 4}}", "classes.voice.p50", "did you mean p50_ms?"),
         ("classes: {'A b': {p50_ms: 1, p95_ms: 2, p99_ms: 4}}", "classes.A b", "must match"),
         ("tenants: {lab: {default_class: zap}}", "tenants.lab.default_class", "no class zap"),
+        ("rules: [{name: a, class: zap}]", "rules[0].class", "no class zap"),
+        ("tenants: {lab: {rules: [{name: a, class: zap}]}}", "tenants.lab.rules[0].class", "no class zap"),
     ],
 )
 def test_mistakes_are_named_where_they_stand(source: str, field: str, message: str) -> None:
