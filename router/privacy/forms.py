@@ -20,6 +20,8 @@ MAX_ENCODED: Final = 64
 MAX_LAYERS: Final = 3
 """Of codes within codes, such as `%2540`."""
 MIN_RUN: Final = 16
+MAX_KNOWN: Final = 4096
+"""Codes whose meaning is remembered."""
 _HIDDEN: Final = re.compile(  # nothing is seen of them; and accents, which one keyboard writes apart and another not
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
     "\ufe00-\ufe0f\ufeff\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
@@ -35,7 +37,9 @@ _CODES: Final = re.compile(
     r"|(?<=[0-9])\+(?=[0-9])"  # a space, where a form's fields are sent
     r"|[ ]?[\[({][ ]?(?:at|AT|dot|DOT)[ ]?[\])}][ ]?"
 )
-_RUN: Final = re.compile(r"(?:[A-Za-z0-9+/_-]{60,}\r?\n)*[A-Za-z0-9+/_-]{16,}")
+_SIGNS: Final = "%\\&+[({"
+"""No code is without one of them."""
+_RUN: Final = re.compile(r"[A-Za-z0-9+/_-]{16,}(?:\r?\n[A-Za-z0-9+/_-]{16,})*")
 _HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2})+")
 _UNITS: Final = re.compile(r"[ux]\{?([0-9A-Fa-f]+)")
 _ESCAPED: Final = {"b": " ", "f": " ", "n": "\n", "r": "\r", "t": "\t"}
@@ -71,6 +75,20 @@ class Plain(dict[int, str]):
     """How a character is folded: its compatible form (NFKC) without accents, digits of every script as ASCII, dashes
     of all kinds as one, invisible ones dropped. Remembers what it met."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._codes: dict[str, str] = {}
+
+    def decoded(self, match: re.Match[str]) -> str:
+        """What a code stands for, folded."""
+        code = match.group()
+        shown = self._codes.get(code)
+        if shown is None:
+            shown = "".join(self[ord(char)] for char, _ in _characters(code))
+            if len(self._codes) < MAX_KNOWN and len(code) < MIN_RUN:
+                self._codes[code] = shown
+        return shown
+
     def __missing__(self, code: int) -> str:
         char = chr(code)
         if char.isdecimal():
@@ -89,7 +107,7 @@ def forms(text: str, plain: Plain, layers: int = MAX_LAYERS) -> Iterator[Form]:
     form = folded = _folded(text, plain)
     yield folded
     for _ in range(layers):
-        if not _CODES.search(form.text):
+        if not any(sign in form.text for sign in _SIGNS) or not _CODES.search(form.text):
             break
         form = _decoded(form, plain)
         yield form
@@ -125,22 +143,23 @@ def _folded(text: str, plain: Plain) -> Form:
 
 def _decoded(base: Form, plain: Plain) -> Form:
     """Codes of URLs, JSON and HTML as the characters they stand for."""
-    pieces: list[str] = []
-    starts: list[int] = []
-    ends: list[int] = []
-    at = 0
-    for match in _CODES.finditer(base.text):
-        _keep(base, at, match.start(), (pieces, starts, ends))
-        at = match.start()
-        for char, length in _characters(match.group()):
-            start, end = base.origin(at, at + length)
-            shown = plain[ord(char)]
-            pieces.append(shown)
-            starts += [start] * len(shown)
-            ends += [end] * len(shown)
-            at += length
-    _keep(base, at, len(base.text), (pieces, starts, ends))
-    return Form("".join(pieces), lambda: (starts, ends))
+
+    def locate() -> Places:
+        starts: list[int] = []
+        ends: list[int] = []
+        at = 0
+        for match in _CODES.finditer(base.text):
+            starts += base.places[0][at : match.start()]
+            ends += base.places[1][at : match.start()]
+            at = match.start()
+            for char, length in _characters(match.group()):
+                start, end = base.origin(at, at + length)
+                starts += [start] * len(plain[ord(char)])
+                ends += [end] * len(plain[ord(char)])
+                at += length
+        return [*starts, *base.places[0][at:]], [*ends, *base.places[1][at:]]
+
+    return Form(_CODES.sub(plain.decoded, base.text), locate)
 
 
 def _characters(code: str) -> list[tuple[str, int]]:
@@ -170,19 +189,18 @@ def _unescaped(code: str) -> str:
     return chr(first) if first <= 0x10FFFF else " "
 
 
-def _keep(base: Form, start: int, end: int, to: tuple[list[str], list[int], list[int]]) -> None:
-    to[0].append(base.text[start:end])
-    to[1].extend(base.places[0][start:end])
-    to[2].extend(base.places[1][start:end])
-
-
 def _unwrapped(run: str) -> str:
-    """The text that a run of letters and digits encodes: all of the run, or what follows the last slash of a path."""
-    joined = "".join(run.split())
-    if _HEX.fullmatch(joined) and (text := _readable(bytes.fromhex(joined))):
+    """The text that lines of letters and digits encode: all of them together or, of those that do so for themselves,
+    each, or what follows its last slash, as in a path."""
+    lines = run.split()
+    if text := _encoded_in(joined := "".join(lines)):
         return text
-    last = joined.rpartition("/")[2]
-    return _readable(_base64(joined)) or (_readable(_base64(last)) if MIN_RUN <= len(last) < len(joined) else "")
+    parts = dict.fromkeys(part for line in lines for part in (line, line.rpartition("/")[2]))
+    return "\n".join(filter(None, (_encoded_in(part) for part in parts if MIN_RUN <= len(part) < len(joined))))
+
+
+def _encoded_in(run: str) -> str:
+    return (_HEX.fullmatch(run) and _readable(bytes.fromhex(run))) or _readable(_base64(run))
 
 
 def _base64(run: str) -> bytes:
