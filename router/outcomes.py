@@ -20,20 +20,19 @@ Floats = NDArray[np.float64]
 _PASSAGE = 300  # characters of opening that two long questions must share to be taken for questions on one passage ...
 _TEMPLATE = 30  # ... unless more than this many share them: then it is an instruction before every question of a table
 
+OTHERS = 10  # models of a table, beside the pair's own, whose outcomes are read
 EXPERTS = ("choice", "many_choices", "arithmetic", "code", "contest")
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Which column of a table is the edge (weak), which the cloud (strong); `kin`: models of much the same strength."""
+    """Which column of a table is the edge (weak), which the cloud (strong)."""
 
     name: str
     table: str
     weak: str
     strong: str
     experts: dict[str, str]  # domain -> expert; "" = every other domain
-    weak_kin: tuple[str, ...] = ()
-    strong_kin: tuple[str, ...] = ()
 
 
 PAIRS = (
@@ -46,18 +45,14 @@ PAIRS = (
         "ok:Phi-3.5-mini-instruct",
         "ok:gpt-4o-2024-08-06",
         {"gsm": "arithmetic", "crux": "code", "math-l5": "contest"},
-        tuple(f"ok:{name}" for name in ("Meta-Llama-3.1-8B-Instruct", "gemma-2-2b-it", "claude-3-haiku-20240307")),
-        tuple(
-            f"ok:{name}"
-            for name in ("gpt-4o-mini-2024-07-18", "claude-3-5-sonnet-20241022", "Meta-Llama-3.1-70B-Instruct")
-        ),
     ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Every question of every pair. weak, strong: what happened; soft_*: averaged with kin where a table has them."""
+    """Every question of every pair. weak, strong: who was right, 0 or 1; others (N, OTHERS): the same of its table's
+    other models, NaN where there is none."""
 
     query: list[str]
     pair: NDArray[np.str_]
@@ -67,8 +62,7 @@ class Rows:
     suspect: NDArray[np.bool_]
     weak: Floats
     strong: Floats
-    soft_weak: Floats
-    soft_strong: Floats
+    others: Floats
 
     def folds(self, count: int, seed: int) -> NDArray[np.int64]:
         """A fold per row; rows of one stem or one passage always share theirs."""
@@ -102,8 +96,11 @@ def load(folder: Path) -> Rows:
         parts["suspect"] += table.get("suspect", [False] * size)
         parts["weak"] += weak.tolist()
         parts["strong"] += strong.tolist()
-        parts["soft_weak"] += _soften(weak, table, pair.weak_kin).tolist()
-        parts["soft_strong"] += _soften(strong, table, pair.strong_kin).tolist()
+        others = np.full((size, OTHERS), np.nan)
+        found = [column for column in table if column.startswith("ok:") and column not in (pair.weak, pair.strong)]
+        for at, column in enumerate(sorted(found)[:OTHERS]):
+            others[:, at] = np.array(table[column], float)
+        parts["others"] += list(others)
     queries = [str(query) for query in parts["query"]]
     parts["group"] = list(groups(queries))
     return Rows(queries, *(np.array(parts[name]) for name in Rows.__slots__[1:]))
@@ -178,10 +175,6 @@ def load_answers(folder: Path, heard: Heard) -> Answers:
     compared = [list(map(plain, each)) for each in (answer, *peers)]
     weak, strong = (np.array(table[f"ok:{model}"], float) for model in (heard.weak, heard.strong))
     return Answers(answer, compared[0], np.array(table[f"chars:{heard.weak}"], float), weak, strong, compared[1:])
-
-
-def _soften(own: Floats, table: dict[str, list[float]], kin: tuple[str, ...]) -> Floats:
-    return own if not kin else (own + np.mean([table[column] for column in kin], axis=0)) / 2
 
 
 def stem(query: str) -> str:

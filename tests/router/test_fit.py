@@ -7,7 +7,7 @@ import pytest
 
 from router.cascade import AGREEMENT, describe
 from router.difficulty import Difficulty, Encoder
-from router.fit import BITS, VECTOR, Encoded, calibrate, fit_heads, fit_hearing
+from router.fit import BITS, VECTOR, Encoded, calibrate, fit_heads, fit_hearing, settle
 from router.outcomes import EXPERTS, Rows, apgr, groups
 from router.wording import read
 
@@ -28,7 +28,9 @@ def made_up(count: int, seed: int) -> Rows:
     ones = np.ones(count)
     names = np.array(["made"] * count)
     found = np.array(weak)
-    return Rows(queries, names, names, np.array(expert), np.array(groups(queries)), ones == 0, found, ones, found, ones)
+    return Rows(
+        queries, names, names, np.array(expert), np.array(groups(queries)), ones == 0, found, ones, found[:, None]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,21 @@ def test_the_cascade_learns_from_agreement_and_keeps_kinds_apart() -> None:
     assert said("choice", 0.0) == said("many_choices", 0.0) > 0.9
     assert said("many_choices", 1.0) < 0.1
     assert said("code", 0.0) == said("arithmetic", 1.0) == pytest.approx(0.3)
+
+
+def test_what_others_know_of_a_question_settles_its_outcome() -> None:
+    """Outcomes move towards the truth that the others' outcomes share; a domain keeps its mean, a row nobody else
+    answered keeps its own."""
+    rng = np.random.default_rng(7)
+    truth = rng.random(3000)
+    right, *others = (rng.random((7, 3000)) < truth).astype(float)
+    beside = np.array(others).T
+    beside[:100] = np.nan
+    domain = np.array(["one", "two", "three"])[np.arange(3000) % 3]
+
+    settled = settle(right, beside, domain)
+
+    assert np.abs(settled - truth).mean() < 0.8 * np.abs(right - truth).mean()
+    assert settled[:100].tolist() == right[:100].tolist()
+    for name in ("one", "two", "three"):
+        assert settled[domain == name].mean() == pytest.approx(right[domain == name].mean(), abs=0.01)

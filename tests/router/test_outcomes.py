@@ -23,8 +23,7 @@ def rows_of(queries: list[str], domains: list[str]) -> Rows:
         np.zeros(size, bool),
         zeros,
         zeros,
-        zeros,
-        zeros,
+        zeros[:, None],
     )
 
 
