@@ -24,7 +24,7 @@ from shared.schemas import Delta
 STEP_S = 0.25
 BESIDE = 1.5
 """A long prompt makes those who decode at most about three times as slow, however fast the machine is."""
-UNNOTICED_S = 0.04
+UNNOTICED_S = 0.08
 """Tokens that come as fast as that are faster than anybody reads."""
 MIN_CHUNK = 32
 MIN_BESIDE = 8
