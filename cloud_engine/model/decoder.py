@@ -21,8 +21,17 @@ View = tuple[Rotation, AttentionBatch]
 
 class Layer(Protocol):
     def __call__(
-        self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch, /
-    ) -> Tensor: ...
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attend: Attention,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
+        /,
+    ) -> Tensor:
+        """From x [T, hidden] to the same shape, or to the results of `rows` alone: all keys and values are kept."""
+
     def destinations(self) -> Destinations: ...
     def projections(self) -> Iterator[Projection]: ...
 
@@ -61,7 +70,7 @@ class Decoder:
         self, tokens: Tensor, views: Sequence[View], attend: Attention, caches: Sequence[Tensor], sampled: Tensor
     ) -> Tensor:
         """`views` and `caches` have one for each layer."""
-        return self.predict(self.through(self.embed(tokens), views, attend, caches)[sampled])
+        return self.predict(self.through(self.embed(tokens), views, attend, caches, sampled))
 
     def hidden(self, tokens: Tensor, views: Sequence[View], attend: Attention, caches: Sequence[Tensor]) -> Tensor:
         """What the output projection would see of every row: [T, hidden]."""
@@ -74,14 +83,23 @@ class Decoder:
         ours = (rows >= 0) & (rows < self.vocabulary)
         return self.peers.sum(F.embedding(rows.where(ours, 0), self.embedding) * ours[:, None])
 
-    def through(self, x: Tensor, views: Sequence[View], attend: Attention, caches: Sequence[Tensor]) -> Tensor:
-        """The layers, from x [T, hidden] to the same shape."""
-        for layer, (rotation, batch), cache in zip(self.layers, views, caches, strict=True):
-            x = layer(x, rotation, attend, cache, batch)
+    def through(
+        self,
+        x: Tensor,
+        views: Sequence[View],
+        attend: Attention,
+        caches: Sequence[Tensor],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The layers, from x [T, hidden] to the same shape, or to the results of `rows`: of what nobody asks for, the
+        last layer computes no more than keys and values."""
+        wanted = [*[None] * (len(self.layers) - 1), rows]
+        for layer, (rotation, batch), cache, of in zip(self.layers, views, caches, wanted, strict=True):
+            x = layer(x, rotation, attend, cache, batch, of)
         return x
 
     def predict(self, x: Tensor) -> Tensor:
-        return self.peers.gather(self.head(self.norm(x)))[:, : self.config.vocab_size]
+        return self.peers.gather(self.head(x, self.norm))[:, : self.config.vocab_size]
 
     def pack(self, quantization: Quantization = "none") -> Self:
         """Put the weights into the order this processor likes best, quantized if asked for, once they are loaded. For

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cloud_engine.model.config import Experts
-from cloud_engine.model.layers import Destination, Destinations, Empty, GatedMlp, prefixed
+from cloud_engine.model.layers import Destination, Destinations, Empty, GatedMlp, Norm, prefixed
 from cloud_engine.model.projection import Projection
 
 
@@ -30,7 +30,8 @@ class MixtureOfExperts:
             empty = Empty(empty.make)
         self.experts = [GatedMlp(hidden, shape.intermediate_size, empty, names=names) for _ in self.held]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, norm: Norm | None = None, added: Tensor | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
         weights, chosen = self.route(x)
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=self.shape.count).tolist()
@@ -44,7 +45,8 @@ class MixtureOfExperts:
             if len(part)
         ]
         weighed = torch.cat(parts) * weights.flatten()[order, None] if parts else x[rows]
-        return torch.zeros_like(x).index_add_(0, rows, weighed)
+        out = torch.zeros_like(x).index_add_(0, rows, weighed)
+        return out if added is None else out + added
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of each row's experts, both [T, chosen]: the largest of the softmax over all experts."""

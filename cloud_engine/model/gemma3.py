@@ -50,12 +50,18 @@ class GemmaBlock:
         self.norms = [GemmaNorm(config.hidden_size, config.rms_norm_eps, empty) for _ in range(4)]
 
     def __call__(
-        self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attend: Attention,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
     ) -> Tensor:
         before_attention, after_attention, before_mlp, after_mlp = self.norms
-        attended = self.attention(before_attention(x), rotation, attend, cache, batch)
-        x = x + after_attention(self.peers.sum(attended))
-        return x + after_mlp(self.peers.sum(self.mlp(before_mlp(x))))
+        attended = self.attention(x, before_attention, rotation, attend, cache, batch, rows)
+        x = (x if rows is None else x[rows]) + after_attention(self.peers.sum(attended))
+        return x + after_mlp(self.peers.sum(self.mlp(x, before_mlp)))
 
     def destinations(self) -> Destinations:
         parts = ("input", "post_attention", "pre_feedforward", "post_feedforward")

@@ -94,15 +94,16 @@ class Norm:
 
 
 class FeedForward(Protocol):
-    """The part of a block that sees each token by itself."""
+    """The part of a block that sees each token by itself: of norm(x), and perhaps `added` to what it gives."""
 
-    def __call__(self, x: Tensor, /) -> Tensor: ...
+    def __call__(self, x: Tensor, norm: Norm, added: Tensor | None = None, /) -> Tensor: ...
     def destinations(self) -> Destinations: ...
     def projections(self) -> Iterator[Projection]: ...
 
 
 class SelfAttention:
-    """Grouped-query attention. With `head_norm`, each head of q and k is normalised before it is rotated."""
+    """Grouped-query attention of norm(x), and perhaps `added` to what it gives. With `head_norm`, each head of q and k
+    is normalised before it is rotated."""
 
     def __init__(
         self, config: ModelConfig, empty: Empty, *, bias: bool = False, head_norm: type[Norm] | None = None
@@ -118,16 +119,26 @@ class SelfAttention:
             self.head_norms = q_norm, k_norm
 
     def __call__(
-        self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch
+        self,
+        x: Tensor,
+        norm: Norm,
+        rotation: Rotation,
+        attend: Attention,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
-        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        """Of all rows, or of these alone; `added` has as many."""
+        qkv = self.qkv(x, norm).view(x.shape[0], -1, self.head_dim)
         if self.head_norms is None:
             qk, v = qkv.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=1)
             q, k = rotate(qk, *rotation).split_with_sizes([self.heads, self.kv_heads], dim=1)
         else:
             q, k, v = qkv.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            q, k = (rotate(norm(part), *rotation) for norm, part in zip(self.head_norms, (q, k), strict=True))
-        return self.out(attend(q, k, v, cache, batch).view(x.shape[0], -1))
+            q, k = (rotate(normed(part), *rotation) for normed, part in zip(self.head_norms, (q, k), strict=True))
+        attended = attend(q, k, v, cache, batch).view(x.shape[0], -1)
+        return self.out(attended if rows is None else attended[rows], added=added)
 
     def destinations(self) -> Destinations:
         kv = self.kv_heads * self.head_dim
@@ -147,8 +158,8 @@ class SelfAttention:
 
 
 class GatedMlp:
-    """down(activation(gate x) * up x); `gate` makes the product of the two, given beside each other. `names` are those
-    of gate, up and down in checkpoints."""
+    """down(activation(gate x) * up x) of norm(x), if there is a norm, and perhaps `added` to that; `gate` makes the
+    product of the two, given beside each other. `names` are those of gate, up and down in checkpoints."""
 
     def __init__(
         self,
@@ -158,12 +169,12 @@ class GatedMlp:
         gate: Callable[[Tensor], Tensor] = silu_gate,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
-        self.gate_up = Projection(empty(2 * intermediate, hidden))
+        self.gate_up = Projection(empty(2 * intermediate, hidden), gate=gate)
         self.down = Projection(empty(hidden, intermediate))
-        self.gate, self.names, self.peers = gate, names, empty.peers
+        self.names, self.peers = names, empty.peers
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.gate(self.gate_up(x)))
+    def __call__(self, x: Tensor, norm: Norm | None = None, added: Tensor | None = None) -> Tensor:
+        return self.down(self.gate_up(x, norm), added=added)
 
     def destinations(self) -> Destinations:
         rows = (part(weight, self.peers) for weight in self.gate_up.weight.chunk(2))
@@ -175,7 +186,7 @@ class GatedMlp:
 
 
 class Block:
-    """Attention, then a feed-forward part, each on a normalised copy of what it adds to. `name` is the second part's
+    """Attention, then a feed-forward part, each of what is normalised and added to it. `name` is the second part's
     in checkpoints."""
 
     def __init__(
@@ -186,10 +197,18 @@ class Block:
         self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps, empty)
 
     def __call__(
-        self, x: Tensor, rotation: Rotation, attend: Attention, cache: Tensor, batch: AttentionBatch
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attend: Attention,
+        cache: Tensor,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.peers.sum(self.attention(self.attention_norm(x), rotation, attend, cache, batch))
-        return x + self.peers.sum(self.mlp(self.mlp_norm(x)))
+        first = self.peers.rank == 0  # One rank's share has x in it.
+        added = None if not first else x if rows is None else x[rows]
+        x = self.peers.sum(self.attention(x, self.attention_norm, rotation, attend, cache, batch, rows, added))
+        return self.peers.sum(self.mlp(x, self.mlp_norm, x if first else None))
 
     def destinations(self) -> Destinations:
         return (

@@ -3,14 +3,15 @@
 - float32 on a CPU with AVX512, bfloat16 on one with AVX512-BF16: panels for `native/matmul.cpp` (`Panels`).
 - float32 on another CPU: oneDNN's own blocks (`Reordered`), 1.2 to 2 times faster than a plain weight for few rows.
 - int8: values of -127 to 127 with a scale for each group of 64 inputs of an output. On a CPU with AVX512-VNNI the rows
-  of x are rounded in the same way, group by group (`Int8Panels`); elsewhere, a GPU included, only the weight is
-  rounded, and turned back for each product (`Int8`).
+  of x are rounded in the same way, group by group (`Int8Panels`, `native/matmul_int8.cpp`); elsewhere, a GPU included,
+  only the weight is rounded, and turned back for each product (`Int8`).
 """
 
 import ctypes
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,20 @@ from torch import Tensor
 from cloud_engine.engine.config import Quantization
 from cloud_engine.native.library import BFLOAT16, FLOAT32, INT8, features, library, threads
 
-PANEL = 32
+LANES = 16
+"""Numbers of a vector; a norm's inputs are multiples of this."""
+PANEL = 2 * LANES
 """Outputs of a panel."""
 GROUP = 64
 """Inputs with a scale in common; the greatest divisor of both where the inputs are no multiple."""
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_PRODUCT: list[Any] = [
+    *[_POINTER, _LONG, _INT, _INT],
+    *[_POINTER, _FLOAT, _POINTER, _POINTER, _LONG],
+    *[_POINTER, _INT, _INT, _INT],
+]
+"""The members of `Product` in `native/product.h`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +54,33 @@ class Packed(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
-def pack(weight: Tensor, bias: Tensor | None, quantization: Quantization = "none") -> Packed | None:
-    """The best order for `weight` [outputs, inputs] here; None if that is the one it has."""
+class RowNorm(Protocol):
+    """Divides each row by its root mean square (`eps` added to its square), then multiplies by the weight [inputs]."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def eps(self) -> float: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def pack(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization = "none", *, gated: bool = False
+) -> Packed | None:
+    """The best order for `weight` [outputs, inputs] here; None if that is the one it has. A `gated` one may apply the
+    gate itself: see `Surrounded`."""
     if not weight.numel():
         return None
+    if quantization == "int8" and not _fits_int8(weight):
+        return Int8(*quantize(weight), bias)
     if quantization == "int8":
-        values, scales = quantize(weight)
-        return (Int8Panels if _fits_int8(weight) else Int8)(values, scales, bias)
+        return Int8Panels(weight, bias, gated=gated)
     if weight.device.type != "cpu":
         return None
     kind = _KINDS.get(weight.dtype)
     if kind is not None and weight.shape[1] % kind.neighbours == 0 and features() & kind.feature:
-        return Panels(weight, bias, kind)
+        return Panels(weight, bias, kind, gated=gated)
     if weight.dtype == torch.float32 and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return Reordered(weight, bias)
     return None
@@ -82,33 +106,6 @@ class Reordered:
         return out
 
 
-class Panels:
-    """Sums are float32; in bfloat16, of pairs of products."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind) -> None:
-        self.outputs, self.inputs = weight.shape
-        self.weight, self.bias = _panels(weight, kind.neighbours), _floats(bias)
-        self._run = library()[f"matmul_{kind.name}"]
-        self._run.argtypes = [_POINTER, _LONG, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT]
-        self._run.restype = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = _rows(x, self.inputs)
-        out = x.new_empty(len(x), self.outputs)
-        self._run(
-            x.data_ptr(),
-            x.stride(0),
-            len(x),
-            self.inputs,
-            self.weight.data_ptr(),
-            _address(self.bias),
-            out.data_ptr(),
-            self.outputs,
-            threads(),
-        )
-        return out
-
-
 class Int8:
     """The weight alone is rounded."""
 
@@ -120,41 +117,69 @@ class Int8:
         return F.linear(x, groups.view(self.values.shape), self.bias)
 
 
-class Int8Panels:
-    """Both factors are rounded; sums of a group are exact, sums of groups float32."""
+class Surrounded:
+    """A product with what comes before and after it in one pass: gate(norm(x) * weight + bias) + added.
 
-    def __init__(self, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        self.outputs, self.inputs = values.shape
-        self.bias = _floats(bias)
-        self.weight, self.scales = _panels(values, 4), _panels(scales, 1)
-        self.offsets = _panels(values.view(*scales.shape, -1).sum(-1, dtype=torch.int32) * -128, 1)
-        runs = {torch.float32: library().matmul_int8_float32, torch.bfloat16: library().matmul_int8_bfloat16}
-        for run in runs.values():
-            run.argtypes = [_POINTER, _LONG, _INT, _INT, *[_POINTER] * 5, _INT, _POINTER, _POINTER, _INT]
-            run.restype = None
-        self._runs = runs
+    Of a weight that is `gated` the first half of the outputs are gates and the second what they let through, times
+    silu of the gate: half as many columns come out. One that cannot be divided so says that it is not `gated`.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, weight: Tensor, bias: Tensor | None, runs: Mapping[torch.dtype, str], *, gated: bool) -> None:
+        """`runs` are the kernels' names; they take the tensors `parts` after a product's members."""
+        self.outputs, self.inputs = weight.shape
+        self.gated = gated and self.outputs % PANEL == 0
+        self.columns = self.outputs // 2 if self.gated else self.outputs
+        self.bias = None if bias is None else _padded(self._paired(bias)).float().contiguous()
+        self.parts: Sequence[Tensor] = ()
+        self._runs = {dtype: library()[name] for dtype, name in runs.items()}
+
+    def __call__(self, x: Tensor, norm: RowNorm | None = None, added: Tensor | None = None) -> Tensor:
+        """[rows, columns], of x's type as is `added` [rows, columns]."""
+        if norm is not None and (norm.weight.dtype != x.dtype or self.inputs % LANES):
+            x, norm = norm(x), None
         x = _rows(x, self.inputs)
-        out = x.new_empty(len(x), self.outputs)
-        rounded = torch.empty(x.shape, dtype=torch.uint8)
-        scales = torch.empty(len(x), self.inputs // GROUP)
+        added = added if added is None else _rows(added, self.columns, x)
+        out = x.new_empty(len(x), self.columns)
         self._runs[x.dtype](
-            x.data_ptr(),
-            x.stride(0),
-            len(x),
-            self.inputs,
-            self.weight.data_ptr(),
-            self.scales.data_ptr(),
-            self.offsets.data_ptr(),
-            _address(self.bias),
-            out.data_ptr(),
-            self.outputs,
-            rounded.data_ptr(),
-            scales.data_ptr(),
-            threads(),
+            *(x.data_ptr(), x.stride(0), len(x), self.inputs),
+            *((None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)),
+            None if self.bias is None else self.bias.data_ptr(),
+            *((None, 0) if added is None else (added.data_ptr(), added.stride(0))),
+            *(out.data_ptr(), self.outputs, self.gated, threads()),
+            *(part.data_ptr() for part in self.parts),
         )
         return out
+
+    def _keep(self, *parts: Tensor) -> None:
+        self.parts = parts
+        for run in self._runs.values():
+            run.argtypes, run.restype = [*_PRODUCT, *[_POINTER] * len(parts)], None
+
+    def _paired(self, weight: Tensor) -> Tensor:
+        """Rows in the order of panels: if it is gated, sixteen gates before the sixteen that belong to them."""
+        if not self.gated:
+            return weight
+        halves = weight.view(2, -1, LANES, *weight.shape[1:])
+        return halves.transpose(0, 1).reshape(weight.shape)
+
+
+class Panels(Surrounded):
+    """Sums are float32; in bfloat16, of pairs of products."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind, *, gated: bool = False) -> None:
+        super().__init__(weight, bias, {weight.dtype: f"matmul_{kind.name}"}, gated=gated)
+        self._keep(_panels(self._paired(weight), kind.neighbours))
+
+
+class Int8Panels(Surrounded):
+    """Both factors are rounded; sums of a group are exact, sums of groups float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> None:
+        runs = {torch.float32: "matmul_int8_float32", torch.bfloat16: "matmul_int8_bfloat16"}
+        super().__init__(weight, bias, runs, gated=gated)
+        values, scales = quantize(self._paired(weight))
+        offsets = values.view(*scales.shape, -1).sum(-1, dtype=torch.int32) * -128
+        self._keep(_panels(values, 4), _panels(scales, 1), _panels(offsets, 1))
 
 
 def _fits_int8(weight: Tensor) -> bool:
@@ -164,21 +189,18 @@ def _fits_int8(weight: Tensor) -> bool:
 
 def _panels(weight: Tensor, neighbours: int) -> Tensor:
     """[outputs, inputs] as [panel][inputs / neighbours][PANEL][neighbours], zeros for outputs that are not there."""
-    outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
-    return padded.view(-1, PANEL, inputs // neighbours, neighbours).permute(0, 2, 1, 3).contiguous()
+    inputs = weight.shape[1]
+    panels = _padded(weight).view(-1, PANEL, inputs // neighbours, neighbours)
+    return panels.permute(0, 2, 1, 3).contiguous()
 
 
-def _floats(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float().contiguous()
+def _padded(weight: Tensor) -> Tensor:
+    """With as many outputs [outputs, ...] as whole panels have."""
+    return F.pad(weight, (*(0, 0) * (weight.ndim - 1), 0, -len(weight) % PANEL))
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _rows(x: Tensor, inputs: int) -> Tensor:
+def _rows(x: Tensor, columns: int, like: Tensor | None = None) -> Tensor:
     """Checked, for the kernel checks nothing; rows may lie apart."""
-    if x.ndim != 2 or x.shape[1] != inputs:
-        raise ValueError(f"a product of {list(x.shape)} with {inputs} inputs")
+    if x.ndim != 2 or x.shape[1] != columns or (like is not None and (len(x), x.dtype) != (len(like), like.dtype)):
+        raise ValueError(f"a product takes {columns} columns, not {list(x.shape)} of {x.dtype}")
     return x if x.stride(1) == 1 else x.contiguous()

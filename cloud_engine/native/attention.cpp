@@ -59,7 +59,8 @@ void attend(const Step<T>& step, const Item& item, const Item* after, Keys<T>& k
         else if (after) next.find(step, *after, after->begin);
         const int heads = last && after ? after->heads : item.heads;
         if (few) {
-            attend_few(step, item, from, keys, next, heads, bench.turned.scores.data(), found);
+            attend_few(step, item, from, keys, next, heads, bench.turned.scores.data(), bench.turned.weights.data(),
+                       found);
         } else {
             Ahead<T>(step, next, heads).rest();
             bench.turned.attend(step, item, from, keys, found);

@@ -43,22 +43,26 @@ Floats dots(const T* query, const T* const* keys, int offset, int dim, Ahead<T>&
     return sums(part);
 }
 
-// result [R][dim] += weights [R][KEYS] times the values, which lie `offset` behind the keys.
+// result [R][dim] += weights [R][KEYS] times the values, which lie `offset` behind the keys. Of bfloat16 two at a time: of
+// an odd number the last one meets the key that fills the tile, and a weight of zero.
 template <int R, class T>
-void weigh(const Keys<T>& keys, int64_t offset, const float* weights, float* result, int dim, Ahead<T>& ahead) {
+void weigh(const Keys<T>& keys, int64_t offset, const typename Inner<T>::Value* weights, float* result, int dim,
+           Ahead<T>& ahead) {
+    typedef typename Inner<T>::Step Step;
     for (int d = 0; d < dim; d += 4 * LANES) {
         auto some = [&](auto width) {
             constexpr int V = decltype(width)::value;
             Floats total[R][V];
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < V; c++) total[r][c] = load(result + r * dim + d + c * LANES);
-            for (int i = 0; i < keys.count; i++) {
-                for (int a = 0; a < int(sizeof(T)) / 2; a++) ahead.ask();
+            for (int i = 0; i < keys.count; i += Step::WIDTH) {
+                for (int a = 0; a < Step::WIDTH * int(sizeof(T)) / 2; a++) ahead.ask();
+                const T *row = keys.at[i] + offset + d, *next = keys.at[i + Step::WIDTH - 1] + offset + d;
                 Floats value[V];
-                for (int c = 0; c < V; c++) value[c] = load(keys.at[i] + offset + d + c * LANES);
+                for (int c = 0; c < V; c++) value[c] = Step::across(row + c * LANES, next + c * LANES);
                 for (int r = 0; r < R; r++) {
                     const Floats weight = lane(weights + r * KEYS + i);
-                    for (int c = 0; c < V; c++) total[r][c] += weight * value[c];
+                    for (int c = 0; c < V; c++) total[r][c] = Step::add(total[r][c], value[c], weight);
                 }
             }
             for (int r = 0; r < R; r++)
@@ -74,8 +78,8 @@ void weigh(const Keys<T>& keys, int64_t offset, const float* weights, float* res
 }
 
 template <class T>
-void weigh_rows(const Keys<T>& keys, int64_t offset, int rows, const float* weights, float* result, int dim,
-                Ahead<T>& ahead) {
+void weigh_rows(const Keys<T>& keys, int64_t offset, int rows, const typename Inner<T>::Value* weights, float* result,
+                int dim, Ahead<T>& ahead) {
     for (; rows >= 4; rows -= 4, weights += 4 * KEYS, result += 4 * dim)
         weigh<4>(keys, offset, weights, result, dim, ahead);
     if (rows == 3) weigh<3>(keys, offset, weights, result, dim, ahead);
@@ -84,10 +88,10 @@ void weigh_rows(const Keys<T>& keys, int64_t offset, int rows, const float* weig
 }
 
 // All heads of the item; meanwhile `next`, a tile of `next_heads`, is fetched, at the rate at which this one is read: half
-// of it while keys are read, half with the values. `scores` has room for a head's.
+// of it while keys are read, half with the values. `scores` and `weights` have room for a head's.
 template <class T>
 void attend_few(const Step<T>& step, const Item& item, int from, const Keys<T>& keys, const Keys<T>& next,
-                int next_heads, float* scores, Found found) {
+                int next_heads, float* scores, typename Inner<T>::Value* weights, Found found) {
     const int rows = item.rows_of_head(step), dim = step.dim, vectors = (keys.count + LANES - 1) / LANES;
     const int asks = (LANES / 2 + rows - 1) / rows;
     Ahead<T> ahead(step, next, next_heads);
@@ -97,8 +101,8 @@ void attend_few(const Step<T>& step, const Item& item, int from, const Keys<T>& 
                 store(scores + r * KEYS + c * LANES,
                       dots(item.query(step, h * rows + r), keys.at + c * LANES, h * dim, dim, ahead, asks));
         const Found mine{found.best + h * rows, found.weight + h * rows, found.result + int64_t(h) * rows * dim};
-        soften_rows<Singles>(step, item, from, keys.count, scores, scores, mine);
-        weigh_rows(keys, step.values() + h * dim, rows, scores, mine.result, dim, ahead);
+        soften_rows<typename Inner<T>::Step>(step, item, from, keys.count, scores, weights, mine);
+        weigh_rows(keys, step.values() + h * dim, rows, weights, mine.result, dim, ahead);
     }
     ahead.rest();
 }

@@ -1,7 +1,5 @@
 // What a layer does to each row by itself: one pass over it, sums in float32.
-#include <cmath>
-
-#include "vector.h"
+#include "rows.h"
 
 using namespace causeway;
 
@@ -13,27 +11,18 @@ template <class T>
 void norm(const T* x, const T* weight, T* out, int64_t rows, int size, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * size > ALONE)
     for (int64_t r = 0; r < rows; r++) {
-        const T* row = x + r * size;
-        Floats squares{};
-        for (int i = 0; i < size; i += LANES) {
-            const Floats part = load(row + i);
-            squares += part * part;
-        }
-        const float scale = 1.0f / std::sqrt(sum(squares) / float(size) + eps);
-        for (int i = 0; i < size; i += LANES) store(out + r * size + i, load(row + i) * scale * load(weight + i));
+        const Normed<T> row(x + r * size, weight, size, eps);
+        for (int i = 0; i < size; i += LANES) store(out + r * size + i, row(i));
     }
 }
 
-// x / (1 + e^-x) of the first half of a row, times the second half.
+// The first half of a row are gates, the second what they let through.
 template <class T>
 void gate(const T* x, T* out, int64_t rows, int size, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * size > ALONE)
     for (int64_t r = 0; r < rows; r++) {
         const T *row = x + r * 2 * size, *up = row + size;
-        for (int i = 0; i < size; i += LANES) {
-            const Floats part = load(row + i);
-            store(out + r * size + i, part / (exponential(-part) + 1.0f) * load(up + i));
-        }
+        for (int i = 0; i < size; i += LANES) store(out + r * size + i, gated(load(row + i), load(up + i)));
     }
 }
 

@@ -44,6 +44,7 @@ struct Singles {
 
 #ifdef __AVX512BF16__
 struct Pairs {
+    typedef uint16_t Pairing __attribute__((vector_size(64)));
     typedef BFloat16 Value;
     static constexpr int WIDTH = 2;
 
@@ -58,15 +59,15 @@ struct Pairs {
     }
     // A number of `row` and the one of `next`, the row after it, if there is one.
     static Floats across(const BFloat16* row, const BFloat16* next) {
-        Halves low, high{};
+        __m256i low, high{};
         std::memcpy(&low, row, sizeof low);
         if (next) std::memcpy(&high, next, sizeof high);
-        return (Floats)(words(low) | words(high) << 16);
+        const Pairing turns = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                               8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        return (Floats)_mm512_permutex2var_epi16(_mm512_castsi256_si512(low), (__m512i)turns,
+                                                 _mm512_castsi256_si512(high));
     }
-    static void narrow(BFloat16* to, Floats numbers) {
-        const __m256bh half = _mm512_cvtneps_pbh((__m512)numbers);
-        std::memcpy(to, &half, sizeof half);
-    }
+    static void narrow(BFloat16* to, Floats numbers) { store(to, numbers); }
 };
 #endif
 
@@ -74,11 +75,13 @@ struct Pairs {
 template <class T>
 struct Inner {
     typedef Singles Step;
+    typedef float Value;
 };
 #ifdef __AVX512BF16__
 template <>
 struct Inner<BFloat16> {
     typedef Pairs Step;
+    typedef BFloat16 Value;
 };
 #endif
 

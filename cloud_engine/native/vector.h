@@ -47,10 +47,14 @@ inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof valu
 
 // Rounds to the nearest, ties to even, as torch does; a NaN stays one.
 inline void store(BFloat16* to, Floats value) {
+#ifdef __AVX512BF16__
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)value);  // what is smaller than a normal number becomes zero
+#else
     Words bits = (Words)value;
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     rounded = value == value ? rounded : (Words{} + 0x7fc0);
     Halves half = __builtin_convertvector(rounded, Halves);
+#endif
     std::memcpy(to, &half, sizeof half);
 }
 

@@ -30,7 +30,7 @@ class StagedModel:
             x = stage.embed(tokens)
         else:
             x = pipe.receive(self.like.new_empty(len(tokens), self.config.hidden_size), pipe.rank - 1)
-        x = stage.through(x, views, attend, caches)
+        x = stage.through(x, views, attend, caches, sampled if self.config.stage.ends else None)
         if not self.config.stage.ends:
             pipe.send(x, pipe.rank + 1)
         return self._logits(x, sampled)
@@ -39,7 +39,7 @@ class StagedModel:
         """Of the ranks of a stage only the first has logits, so only those send and receive any."""
         none, last = x.new_empty(0, self.config.vocab_size), self.pipe.size - 1
         if self.config.stage.ends:
-            logits = self.stage.predict(x[sampled])
+            logits = self.stage.predict(x)
             if self.stage.peers.rank == 0:
                 self.pipe.send(logits, 0)
             return none

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -6,10 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from cloud_engine.model import packing
-from cloud_engine.model.packing import Int8, Int8Panels, Panels, Reordered, pack, quantize
+from cloud_engine.model.layers import Empty, Norm
+from cloud_engine.model.packing import Int8, Int8Panels, Panels, Reordered, Surrounded, pack, quantize
+from cloud_engine.model.projection import Projection
+from cloud_engine.model.rowwise import silu_gate
 from cloud_engine.native.library import BFLOAT16, FLOAT32, INT8, features
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 25, 64]
+MANY = [*ROWS, 150]  # so many that no tile asks for the next panel
 SHAPES = [(32, 64), (33, 64), (15, 128), (100, 576), (64, 192)]
 
 needs_bfloat16 = pytest.mark.skipif(not features() & BFLOAT16, reason="no AVX512-BF16 here, or no compiler")
@@ -26,7 +31,7 @@ def problem(rows, shape, dtype, *, bias):
 @pytest.mark.skipif(not features() & FLOAT32, reason="no AVX512 here, or no compiler")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 7)])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", MANY)
 def test_float32_panels_give_the_product(rows, shape, bias):
     """As exact as any float32 product, whatever the numbers of rows and outputs."""
     weight, x, bias = problem(rows, shape, torch.float32, bias=bias)
@@ -49,7 +54,7 @@ def test_without_the_compiled_kernels_onednn_packs(monkeypatch):
 @needs_bfloat16
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 6)])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", MANY)
 def test_bfloat16_panels_give_the_product(rows, shape, bias):
     """Any number of rows and outputs, with a bias or without: the float32 product to bfloat16's last bit."""
     weight, x, bias = problem(rows, shape, torch.bfloat16, bias=bias)
@@ -79,6 +84,44 @@ def test_int8_panels_multiply_both_rounded_factors(rows, shape, dtype):
 def test_a_weight_that_a_rank_has_no_part_of_stays(quantization):
     """Nothing to pack, and no error."""
     assert pack(torch.empty(0, 64), None, quantization) is None
+
+
+KINDS = {"float32": (torch.float32, "none", FLOAT32), "bfloat16": (torch.bfloat16, "none", BFLOAT16)}
+KINDS |= {"int8": (torch.float32, "int8", INT8), "int8 of bfloat16": (torch.bfloat16, "int8", INT8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("around", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("shape", [(64, 128), (50, 64)])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_what_surrounds_a_product_is_one_pass(rows, shape, around, kind):
+    """gate(norm(x) * weight + bias) + added, each of the four there or not, is what torch gives step by step; with
+    25 columns too, which the kernel has no gates for."""
+    dtype, quantization, feature = KINDS[kind]
+    if not features() & feature:
+        pytest.skip("not this processor, or no compiler")
+    normed, gated, biased, adds = around
+    weight, x, bias = problem(rows, shape, dtype, bias=biased)
+    weight = weight / shape[1] ** 0.5
+    norm = Norm(shape[1], 1e-5, Empty(lambda *sizes: torch.rand(sizes).to(dtype) + 0.5)) if normed else None
+    added = torch.randn(rows, shape[0] // 2 if gated else shape[0]).to(dtype) if adds else None
+    packed, plain = (Projection(weight.clone(), bias, gate=silu_gate if gated else None) for _ in range(2))
+    packed.pack(quantization)
+    assert isinstance(packed._packed, Surrounded)
+    assert packed._packed.gated == (gated and shape[0] % 32 == 0)
+    exact, actual = plain(x, norm, added).float(), packed(x, norm, added).float()
+    tolerance = 0.04 if quantization == "int8" else 1e-5 if dtype == torch.float32 else 0.01
+    assert actual.shape == exact.shape
+    assert (actual - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.skipif(not features() & FLOAT32, reason="no AVX512 here, or no compiler")
+@pytest.mark.parametrize("shape", [(3, 31), (2, 32), (3, 32)])
+def test_what_does_not_fit_is_refused(shape):
+    """The kernel checks nothing."""
+    packed, added = pack(torch.randn(32, 64), None), torch.ones(shape)
+    with pytest.raises(ValueError, match="takes 32 columns"):
+        packed(torch.randn(3, 64), None, added.bfloat16() if shape == (3, 32) else added)
 
 
 @needs_int8
