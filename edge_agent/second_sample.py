@@ -1,8 +1,8 @@
 """A second answer to the same question, drawn beside the first and never shown: how far the two agree says how sure the
 model is.
 
-It begins once the first has its first token, so that the prompt is not computed twice, and only where a slot is free:
-nobody waits for a slot because of it. Whatever goes wrong with it, there is none, and the first is judged alone.
+It begins once the first has its first token, so that the prompt is not computed twice, and only where a slot is free
+and nobody waits for one. Whatever goes wrong with it, there is none, and the first is judged alone.
 """
 
 import asyncio

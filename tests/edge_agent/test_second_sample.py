@@ -88,7 +88,7 @@ async def test_it_is_drawn_apart() -> None:
     assert (second.label, second.messages) == ("redact", first.messages)
 
 
-async def test_nobody_waits_for_a_slot_because_of_it() -> None:
+async def test_it_takes_no_slot_that_somebody_waits_for() -> None:
     """No free slot, somebody in the queue, or a model that is not here: the first is judged alone."""
     busy: list[dict[str, Any]] = [{"running": 4}, {"queue_depth": 1}, {"available": False}, {}]
     for state in busy:
