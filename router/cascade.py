@@ -19,7 +19,9 @@ from typing import Self
 import numpy as np
 
 from router.answer import final_answer, traits
-from router.difficulty import Difficulty, logistic, walk
+from router.difficulty import Difficulty
+from router.forest import Forest
+from router.heads import logistic
 from router.weights import Array, InvalidWeights, check_arrays, pack, part, shipped, unpack
 from router.wording import Floats, clip, read
 from shared.errors import BadRequest
@@ -53,7 +55,7 @@ def describe(query: str, local_answer: str, signals: Mapping[str, float]) -> lis
     ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Hearing:
     """What was learned over Z inputs, for E experts.
 
@@ -66,7 +68,11 @@ class Hearing:
     curve: Array
 
     def gain(self, inputs: Floats, gate: Floats) -> float:
-        return float(gate @ walk(self.feature, self.limit, self.leaf, inputs))
+        return float(gate @ self._forest.sums(inputs))
+
+    @functools.cached_property
+    def _forest(self) -> Forest:
+        return Forest(self.feature, self.limit, self.leaf)
 
 
 @dataclass(frozen=True, slots=True)

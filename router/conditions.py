@@ -162,16 +162,17 @@ class When(Written):
     bucket: Limits | None = _condition(description="0 to 100, drawn once for each conversation: for trials on a share")
 
     @cached_property
-    def asked(self) -> tuple[str, ...]:
-        """The facts that must be known, in the order of the fields above."""
-        return tuple(FACT_NAMES[name] for name in FACT_NAMES if getattr(self, name) is not None)
+    def asked(self) -> Mapping[str, "Range | tuple[str, ...] | str | bool"]:
+        """The facts that must be known, in the order of the fields above, and what is asked of each."""
+        return {fact: asked for name, fact in FACT_NAMES.items() if (asked := getattr(self, name)) is not None}
 
     def holds(self, facts: Mapping[str, Fact]) -> bool:
-        return all(_holds(getattr(self, FIELD_NAMES[name]), facts[name]) for name in self.asked)
+        """No fact is read after one that does not hold."""
+        return all(_holds(condition, facts[name]) for name, condition in self.asked.items())
 
     def limits(self, fact: str) -> str:
         """What was asked of a number, like ` > 800`."""
-        condition = getattr(self, FIELD_NAMES[fact])
+        condition = self.asked[fact]
         return f" {condition}" if isinstance(condition, Range) else ""
 
 

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from router.answer import final_answer
 from router.cascade_rules import Calibration, CascadeRules, Curve
-from router.difficulty import logistic
+from router.heads import logistic
 from shared.schemas import Delta, ModelCard, TokenLogprob
 
 ALTERNATIVES: Final = 5

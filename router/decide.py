@@ -13,7 +13,7 @@ from typing import Final
 
 from router.classes import UNNAMED, Class
 from router.document import shorten
-from router.facts import Case, matched
+from router.facts import Case
 from router.features import DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy
 from router.predict import UNMEASURED, Predictions
@@ -26,7 +26,7 @@ from shared.errors import (
     UnknownModel,
     Unreachable,
 )
-from shared.schemas import LABELS, Label, Target
+from shared.schemas import Label, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ OTHER: Final[Mapping[Target, Target]] = {"edge": "cloud", "cloud": "edge"}
 def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, link: LinkReading) -> Decision:
     """Raises UnknownModel, PolicyDenied, ContextTooLong, RateLimited, Overloaded or Unreachable when nobody may or can
     answer."""
-    case = matched(Case(features, policy, device, link))
+    case = Case(features, policy, device, link)
     barred = _barred(case)
     choice = _reachable(case, barred, _preferred(case, barred))
     _refuse_beyond_budget(case, choice)
@@ -98,11 +98,11 @@ def decide(features: RequestFeatures, policy: Policy, *, device: DeviceReading, 
         fallback="edge" if choice.target == "cloud" and _edge_may_stand_in(case, barred) and device.available else None,
         rule=choice.rule,
         reasons=choice.reasons,
-        label=_care(case),
-        redact=(choice.target == "cloud" or escalates) and _care(case) == "redact",
+        label=case.care,
+        redact=(choice.target == "cloud" or escalates) and case.care == "redact",
         escalates=escalates,
         predictions=case.predictions,
-        scenario=case.request.scenario,
+        scenario=case.scenario,
     )
 
 
@@ -119,7 +119,7 @@ def label(case: Case) -> Bar | None:
 
 def privacy(case: Case) -> Bar | None:
     """What was found may not leave; what could not be looked through is taken for the worst."""
-    found, care = case.request.privacy, _care(case)
+    found, care = case.request.privacy, case.care
     if found.undecided is not None and care != "free":
         return Bar("cloud", "privacy", f"stays on the device: {found.undecided}")
     if care != "edge_only" or not found.kinds:
@@ -202,17 +202,6 @@ def _barred(case: Case) -> Mapping[Target, Bar]:
     return barred
 
 
-def _care(case: Case) -> Label:
-    """How carefully this request is handled: the strictest that its label and what was found in it ask for."""
-    found, rules = case.request.privacy, case.policy.privacy
-    asked = {case.label}
-    if found.secret or found.undecided is not None:
-        asked.add(rules.secrets)
-    if found.personal:
-        asked.add(rules.personal)
-    return next(care for care in LABELS if care in asked)
-
-
 def _listed(kinds: tuple[str, ...]) -> str:
     return ", ".join(kinds[:4]) + (" and more" if len(kinds) > 4 else "")
 
@@ -265,8 +254,8 @@ def roomier_context(case: Case) -> Choice | None:
 def scenario(case: Case) -> Choice | None:
     """The side that is predicted to make the target of the request's class, where the one that would be chosen is
     predicted to miss it. A prediction that is not to be had says nothing, nor does a class that was guessed."""
-    name, targets = case.request.scenario.name, case.policy.targets.get(case.request.scenario.name)
-    if targets is None or case.request.scenario.guessed:
+    name, targets = case.scenario.name, case.policy.targets.get(case.scenario.name)
+    if targets is None or case.scenario.guessed:
         return None
     predicted = case.predictions
     said = {"edge": predicted.edge.first_token_s, "cloud": predicted.cloud.first_token_s}

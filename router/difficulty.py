@@ -11,20 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from router.weights import InvalidWeights, check_arrays, pack, part, shipped, unpack
+from router.heads import Heads, logistic
+from router.weights import Array, InvalidWeights, check_arrays, pack, part, shipped, unpack
 from router.wording import Floats, Wording, read
-
-_STEPS = 3  # depth of every tree: 7 inner nodes, 8 leaves, in heap order
-_FADE = 0.25  # share of its reach beyond which an expert's word fades
-_HEARD = 1e-3  # share of the gate below which an expert is not asked
-_REACH = 6.0  # standard deviations at which an input is cut off
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,94 +36,32 @@ class Encoder:
 
     def dense(self, wording: Wording) -> Floats:
         """Text measures, then the unit-length mean of the known words' vectors, then the share of words known."""
-        at = np.minimum(np.searchsorted(self.keys, wording.words), len(self.keys) - 1)
-        known = at[self.keys[at] == wording.words]
+        at = self.keys.searchsorted(wording.words)
+        np.minimum(at, len(self.keys) - 1, out=at)
+        known = at[self.keys.take(at) == wording.words]
         share = len(known) / max(len(wording.words), 1)
         if not len(known):
             return np.concatenate([wording.measures, np.zeros(len(self.scale)), [share]])
-        mean = self.vectors[known].mean(0, dtype=np.float64) * self.scale - self.centre
-        return np.concatenate([wording.measures, mean / (np.linalg.norm(mean) + 1e-9), [share]])
+        mean = np.add.reduce(self.vectors.take(known, axis=0), axis=0, dtype=np.int64) / len(known)
+        mean *= self.scale
+        mean -= self.centre
+        mean /= math.sqrt(mean @ mean) + 1e-9
+        return np.concatenate([wording.measures, mean, [share]])
 
     def sparse(self, wording: Wording) -> tuple[Array, Floats]:
-        """Buckets and their unit-length weights: (1 + log count) * rarity."""
-        buckets = wording.grams & np.uint64(len(self.rarity) - 1)
-        where, count = np.unique(buckets.astype(np.int64), return_counts=True)
-        weight = (1 + np.log(count)) * self.rarity[where]
-        return where, weight / (np.linalg.norm(weight) + 1e-9)
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """What was learned from outcomes; E experts over D dense inputs.
-
-    mean, spread (D,): what makes inputs standard; gate (D + 1, E); weak, strong (D + 1, E): logits of either side being
-    right; feature, limit (E, T, 7), leaf (E, T, 8): trees; gram (2**bits, E), base (E,): n-gram gains; blend (E, 3):
-    weights of these three predictions; middle (E, D), whiten (E, D, D), reach (E,): familiarity; prior (K + 1,): gain
-    from the word vector alone; curve (2,): slope and intercept from gain to probability; quantiles (E + 1, 101): scores
-    of questions unseen by the model that scored them, by expert and over all.
-    """
-
-    mean: Array
-    spread: Array
-    gate: Array
-    weak: Array
-    strong: Array
-    feature: Array
-    limit: Array
-    leaf: Array
-    gram: Array
-    base: Array
-    blend: Array
-    middle: Array
-    whiten: Array
-    reach: Array
-    prior: Array
-    curve: Array
-    quantiles: Array
-
-    def standard(self, dense: Floats) -> Floats:
-        return np.asarray(np.clip((dense - self.mean) / self.spread, -_REACH, _REACH))
-
-    def gate_of(self, inputs: Floats) -> Floats:
-        logits = inputs @ self.gate[:-1] + self.gate[-1]
-        share = np.exp(logits - logits.max())
-        return np.asarray(share / share.sum())
-
-    def familiarity(self, inputs: Floats, expert: int) -> float:
-        """1 where the prompt lies where the expert's training questions lay, falling to 0 with the distance."""
-        offset = self.whiten[expert] @ (inputs - self.middle[expert]).astype(self.whiten.dtype)
-        excess = max(float(offset @ offset) / len(offset) / float(self.reach[expert]) - 1, 0.0)
-        return math.exp(-((excess / _FADE) ** 2))
-
-    def expert_gains(self, inputs: Floats, dense: Floats, where: Array, weight: Floats) -> Floats:
-        """Each expert's blend of its three predictions of the gain."""
-        linear = _logistic(inputs @ self.strong[:-1] + self.strong[-1]) - _logistic(
-            inputs @ self.weak[:-1] + self.weak[-1]
-        )
-        grams = weight @ self.gram[where] + self.base
-        trees = walk(self.feature, self.limit, self.leaf, dense)
-        return np.asarray(np.einsum("ei,ie->e", self.blend, (linear, trees, grams)))
-
-
-def walk(feature: Array, limit: Array, leaf: Array, inputs: Floats) -> Floats:
-    """Sums of the leaves that `inputs` reaches: feature and limit (..., T, 7), leaf (..., T, 8), trees in heap order;
-    the sums have the shape (...)."""
-    feature, limit, shape = feature.reshape(-1), limit.reshape(-1), leaf.shape
-    first = 7 * np.arange(leaf.size // 8)
-    node = np.zeros(len(first), np.int64)
-    for _ in range(_STEPS):
-        at = first + node
-        node = 2 * node + 1 + (inputs[feature[at]] > limit[at])
-    leaves = leaf.reshape(-1)[8 * np.arange(len(first)) + node - 7]
-    return np.asarray(leaves.reshape(shape[:-1]).sum(-1, dtype=np.float64))
-
-
-def _logistic(logits: Floats) -> Floats:
-    return np.asarray(1 / (1 + np.exp(-np.clip(logits, -30.0, 30.0))))
-
-
-def logistic(logit: float) -> float:
-    return 1 / (1 + math.exp(-min(max(logit, -30.0), 30.0)))
+        """Buckets, rising, and their unit-length weights: (1 + log count) * rarity."""
+        last = len(self.rarity) - 1
+        buckets = (wording.grams & np.uint64(last)).astype(np.min_scalar_type(last))
+        buckets.sort(kind="stable")  # of 16 bits: by digits, in linear time
+        edge = np.ones(len(buckets) + 1, bool)
+        np.not_equal(buckets[1:], buckets[:-1], out=edge[1:-1])
+        edges = np.flatnonzero(edge)
+        where = buckets[edges[:-1]].astype(np.intp)
+        weight = np.log(edges[1:] - edges[:-1])
+        weight += 1
+        weight *= self.rarity.take(where)
+        weight /= math.sqrt(weight @ weight) + 1e-9
+        return where, weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,22 +127,17 @@ class Difficulty:
         return self.judge(self.encoder.dense(wording), *self.encoder.sparse(wording))
 
     def gate(self, dense: Floats) -> Floats:
-        return self.heads.gate_of(self.heads.standard(dense))
+        return self.heads.panel.gate(dense)
 
     def judge(self, dense: Floats, where: Array, weight: Floats) -> Verdict:
         """The verdict over an encoded prompt."""
         heads = self.heads
-        inputs = heads.standard(dense)
-        share = np.zeros(len(self.names))
-        for expert, gate in enumerate(heads.gate_of(inputs)):
-            if gate > _HEARD:
-                share[expert] = gate * heads.familiarity(inputs, expert)
-        gain = float(share @ heads.expert_gains(inputs, dense, where, weight))
-        known = float(share.sum())
+        shares, gain = heads.panel.ask(dense, where, weight)
+        known = sum(shares)
         vector = dense[-1 - len(self.encoder.scale) : -1]
-        gain += (1 - known) * float(np.tanh(vector @ heads.prior[:-1]) * 0.25 + heads.prior[-1])
+        gain += (1 - known) * (math.tanh(float(vector @ heads.prior[:-1])) * 0.25 + float(heads.prior[-1]))
         score = logistic(float(heads.curve[0]) * gain + float(heads.curve[1]))
-        return Verdict(score, gain, known, dict(zip(self.names, map(float, share), strict=True)))
+        return Verdict(score, gain, known, dict(zip(self.names, shares, strict=True)))
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Per text, the calibrated probability that the cloud is needed: right where the edge is wrong."""

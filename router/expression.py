@@ -35,13 +35,14 @@ class Expression:
 
     def holds(self, facts: Mapping[str, Fact]) -> bool | None:
         """Whether it holds; None if it failed though everything it asks for was measured."""
+        asked = {name: facts[name] for name in self.asked}
         try:
-            value = self.program.execute({name: _decimal(fact) for name, fact in facts.items()})
+            value = self.program.execute({name: _decimal(fact) for name, fact in asked.items()})
         except Exception:  # whatever the evaluator raises, nothing was said
             value = None
         if isinstance(value, bool):
             return value
-        return False if None in facts.values() else None
+        return False if None in asked.values() else None
 
     def limits(self, _: str) -> str:
         return ""

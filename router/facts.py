@@ -4,8 +4,9 @@ A new condition is a field of `conditions.When` and a line of FACTS; a test hold
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Final
 
 from router.classes import Class
@@ -29,30 +30,78 @@ class Match:
         return f"rule {self.rule.name}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Case:
-    """One request, one policy, one moment."""
+    """One request, one policy, one moment. What follows from them is worked out once, and only if it is asked for."""
 
     request: RequestFeatures
     policy: Policy
     device: DeviceReading
     link: LinkReading
-    match: Match | None = None
-    """The administrator's rule that applies: see `matched`."""
-    labelled: Match | None = None
-    """The first of those that give the strictest label; None unless it is stricter than the request's own."""
 
-    @property
+    @cached_property
+    def facts(self) -> "Facts":
+        return Facts(self)
+
+    @cached_property
+    def scenario(self) -> Class:
+        """The request's class: what the first rule gives that has one and holds, else the one that was asked for or
+        guessed, which is also what these rules see."""
+        own = Facts(self)
+        own["class"] = self.request.scenario.name
+        for rule in self.policy.rules:
+            if rule.scenario is not None and _matching(rule, own, safe=False) is not None:
+                return Class(rule.scenario, guessed=False)
+        return self.request.scenario
+
+    @cached_property
+    def labelled(self) -> Match | None:
+        """The first of the rules that give the strictest label; None unless it is stricter than the request's own and
+        the policy's."""
+        found, strictest = None, self._asked
+        for rule in self.policy.rules:
+            if rule.label == "free" or LABELS.index(rule.label) >= strictest:
+                continue
+            if (match := _matching(rule, self.facts, safe=True)) is not None:
+                found, strictest = match, LABELS.index(rule.label)
+        return found
+
+    @cached_property
     def label(self) -> Label:
         """The strictest of the request's own, the policy's and its rules'."""
-        given = (self.request.label, self.policy.label, self.labelled.rule.label if self.labelled else "free")
-        return min(given, key=LABELS.index)
+        return self.labelled.rule.label if self.labelled else LABELS[self._asked]
 
     @property
+    def _asked(self) -> int:
+        return min(LABELS.index(self.request.label), LABELS.index(self.policy.label))
+
+    @cached_property
+    def care(self) -> Label:
+        """How carefully this request is handled: the strictest that its label and what was found in it ask for."""
+        found, rules = self.request.privacy, self.policy.privacy
+        asked = {self.label}
+        if found.secret or found.undecided is not None:
+            asked.add(rules.secrets)
+        if found.personal:
+            asked.add(rules.personal)
+        return next(care for care in LABELS if care in asked)
+
+    @cached_property
+    def match(self) -> Match | None:
+        """The administrator's rule that applies: the first with a target whose conditions hold. A rule for the cloud
+        does not apply to an edge_only request, which may not go there."""
+        for rule in self.policy.rules:
+            if rule.target is None or (rule.target == "cloud" and self.label == "edge_only"):
+                continue
+            if (match := _matching(rule, self.facts, safe=rule.target == "edge")) is not None:
+                return match
+        return None
+
+    @cached_property
     def predictions(self) -> Predictions:
         return predict(self.request, self.device, self.link, self.policy.price)
 
-    @property
+    @cached_property
     def beyond_budget(self) -> str | None:
         """Why the policy's budgets have no room for this request in the cloud; None if they have."""
         budgets, price = self.policy.budgets, self.policy.price
@@ -75,7 +124,7 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "difficulty": lambda case: case.request.difficulty,
     "label": lambda case: case.request.label,
     "model": lambda case: case.request.model,
-    "class": lambda case: case.request.scenario.name,
+    "class": lambda case: case.scenario.name,
     "tenant": lambda case: case.request.tenant,
     "fits_edge": lambda case: _fits(case, case.device.context_length),
     "fits_cloud": lambda case: _fits(case, case.link.context_length),
@@ -105,52 +154,31 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
 }
 
 
-def matched(case: Case) -> Case:
-    """The case with the class and the strictest label that its rules give, and the first rule with a target whose
-    conditions hold.
+class Facts(dict[str, Fact]):
+    """Of one case, by name; each read when it is first asked for."""
 
-    A rule for the cloud does not apply to an edge_only request, which may not go there.
-    """
-    case = _labelled(_classed(case))
-    for rule in case.policy.rules:
-        if rule.target is None or (rule.target == "cloud" and case.label == "edge_only"):
-            continue
-        if (match := _matching(rule, case, safe=rule.target == "edge")) is not None:
-            return replace(case, match=match)
-    return case
+    def __init__(self, case: Case) -> None:
+        self._case = case
+
+    def __missing__(self, name: str) -> Fact:
+        fact = self[name] = FACTS[name](self._case)
+        return fact
 
 
-def _classed(case: Case) -> Case:
-    """By the first rule that gives one; rules that ask for the class, and all else, see that one then."""
-    for rule in case.policy.rules:
-        if rule.scenario is not None and _matching(rule, case, safe=False) is not None:
-            return replace(case, request=replace(case.request, scenario=Class(rule.scenario, guessed=False)))
-    return case
-
-
-def _labelled(case: Case) -> Case:
-    for rule in case.policy.rules:
-        if rule.label == "free" or LABELS.index(rule.label) >= LABELS.index(case.label):
-            continue
-        if (match := _matching(rule, case, safe=True)) is not None:
-            case = replace(case, labelled=match)
-    return case
-
-
-def _matching(rule: Rule, case: Case, *, safe: bool) -> Match | None:
+def _matching(rule: Rule, facts: Facts, *, safe: bool) -> Match | None:
     """With the facts that were asked for, like `prompt_tokens 1200 > 800`; None unless the rule's conditions hold.
 
     What was not measured holds for no condition. An expression that fails all the same is taken for the safe side: it
     holds if that is `safe`, since it keeps the request on the device or makes its label stricter.
     """
-    facts = {name: FACTS[name](case) for name in rule.when.asked}
     holds = rule.when.holds(facts)
     if holds is None and safe:
         return Match(rule, f"rule {rule.name}: its condition failed")
     if not holds:
         return None
-    said = [f"{name} {_spelled(value)}{rule.when.limits(name)}" for name, value in facts.items() if value is not None]
-    return Match(rule, f"rule {rule.name}: {', '.join(said) or 'always'}")
+    known = [(name, value) for name in rule.when.asked if (value := facts[name]) is not None]
+    said = ", ".join(f"{name} {_spelled(value)}{rule.when.limits(name)}" for name, value in known)
+    return Match(rule, f"rule {rule.name}: {said or 'always'}")
 
 
 def _spelled(value: float | str | bool) -> str:

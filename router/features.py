@@ -1,14 +1,16 @@
 """What is measured of a request, of the device and of the link. Values only: whoever senses fills them in.
 
-The hints (`code`, `maths`, `json`, `tools`) are lexical and cheap: one pass over at most SCAN_CHARS characters with
-patterns whose every repetition is bounded, so no text can make them slow. They guess; a policy should treat them so.
+The hints (`code`, `maths`, `json`, `tools`) are lexical and cheap: one pass over at most SCAN_CHARS characters with all
+patterns at once (RE2's set), so no text can make them slow. They guess; a policy should treat them so.
 """
 
+import functools
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+
+import re2
 
 from router.classes import UNNAMED, Class
 from router.money import NOTHING_SPENT, Spent
@@ -17,7 +19,7 @@ from shared.schemas import ChatRequest, Label
 
 VIRTUAL_MODELS: Final = ("auto", "edge", "cloud")
 EXPECTED_OUTPUT_TOKENS: Final = 256
-SCAN_CHARS: Final = 2048  # about a millisecond
+SCAN_CHARS: Final = 2048
 CHARS_PER_TOKEN: Final = 4  # of ASCII text, in byte-pair vocabularies; other scripts are nearer one token a character
 TOKENS_PER_MESSAGE: Final = 4  # what a chat template puts around each message
 
@@ -159,7 +161,7 @@ def measure(
     scenario: Class = UNNAMED,
 ) -> RequestFeatures:
     """The request's own measures, with those that others made of it; see `router.observe`."""
-    text = _excerpt(request)
+    hints = _hints(_excerpt(request))
     limit = request.sampling.max_tokens
     return RequestFeatures(
         prompt_tokens=prompt_tokens,
@@ -168,10 +170,10 @@ def measure(
         max_tokens=limit,
         expected_output_tokens=min(expected_output_tokens, limit or expected_output_tokens),
         turns=max(1, sum(message.role == "user" for message in request.messages)),
-        code=_CODE.search(text) is not None,
-        maths=_MATHS.search(text) is not None,
-        json=_JSON.search(text) is not None,
-        tools=any(message.role == "tool" for message in request.messages) or _TOOLS.search(text) is not None,
+        code="code" in hints,
+        maths="maths" in hints,
+        json="json" in hints,
+        tools="tools" in hints or any(message.role == "tool" for message in request.messages),
         privacy=privacy,
         difficulty=difficulty,
         difficult_from=difficult_from,
@@ -213,29 +215,35 @@ def _excerpt(request: ChatRequest) -> str:
     return "\n".join(parts)
 
 
-_CODE: Final = re.compile(
-    r"""
-      ```
-    | ^[ \t]{0,40} (?: def[ ]\w{1,80}\( | class[ ]\w{1,80}[:({] | import[ ][\w.{]{1,80} | from[ ][\w.]{1,80}[ ]import[ ]
-                     | \#include\s{0,8}[<"] | (?:pub[ ])?fn[ ]\w{1,80}[(<] | func[ ]\w{1,80}\( | function[ ]\w{0,80}\(
-                     | (?:const|let|var)[ ]\w{1,80}[ ]?= | public[ ](?:static|class|void)\b | \#!/ )
-    | \)[ ]?[;{][ \t]{0,40}$
-    | (?-i:\bSELECT\b[^;\n]{1,200}\bFROM[ ]\w) | \bselect[ ][*]
-    | \b(?:python|javascript|typescript|c\+\+|golang|regexp?|sql|traceback|stack[ ]trace|segfault|refactor)(?!\w)
-    """,
-    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
-)
-_MATHS: Final = re.compile(
-    r"""
-      \\(?:frac|sum|int|sqrt|prod|lim|begin\{(?:equation|align|matrix|cases))
-    | [\u2200\u2202\u2203\u2208\u2211\u221a\u221e\u222b\u2248\u2260\u2264\u2265\u03c0]
-    | \d[ ]?[*+^\u00d7\u00f7][ ]?\(?\d | \d[ ]-[ ]\d | [\w)\d][ ]?=[ ]?[-(]?[\d?]
-    | \b(?:solve|equation|integral|derivative|probability|theorem|calculate|compute|square[ ]root|percent|how[ ]many)\b
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
-_JSON: Final = re.compile(r"""\bjson\b | \{\s{0,8}"[^"\n]{1,80}"\s{0,8}:""", re.VERBOSE | re.IGNORECASE)
-_TOOLS: Final = re.compile(
-    r"\b(?:tool|function)[ _]calls?\b|\b(?:call|use|using|invoke) (?:the |a |this )?(?:tool|function|api)\b",
-    re.IGNORECASE,
-)
+HINTS: Final[Mapping[str, str]] = {
+    "code": r"(?im)```"
+    r"|^[ \t]*(?:def \w+\(|class \w+[:({]|import [\w.{]|from [\w.]+ import |#include[ \t]*[<\"]|(?:pub )?fn \w+[(<]"
+    r"|func \w+\(|function \w*\(|(?:const|let|var) \w+ ?=|public (?:static|class|void)\b|#!/)"
+    r"|\) ?[;{][ \t]*$"
+    r"|(?-i:\bSELECT\b[^;\n]+\bFROM \w)|\bselect \*"
+    r"|\b(?:python|javascript|typescript|golang|regexp?|sql|traceback|stack trace|segfault|refactor)\b|\bc\+\+(?:\W|$)",
+    "maths": r"(?i)\\(?:frac|sum|int|sqrt|prod|lim|begin\{(?:equation|align|matrix|cases))"
+    "|[\u2200\u2202\u2203\u2208\u2211\u221a\u221e\u222b\u2248\u2260\u2264\u2265\u03c0]"
+    "|\\d ?[*+^\u00d7\u00f7] ?\\(?\\d"
+    r"|\d - \d|[\w)] ?= ?[-(]?[\d?]"
+    r"|\b(?:solve|equation|integral|derivative|probability|theorem|calculate|compute|square root|percent|how many)\b",
+    "json": r"""(?i)\bjson\b|\{[ \t\r\n]*"[^"\n]+"[ \t\r\n]*:""",
+    "tools": r"(?i)\b(?:tool|function)[ _]calls?\b"
+    r"|\b(?:call|use|using|invoke) (?:the |a |this )?(?:tool|function|api)\b",
+}
+"""What each hint goes by: linear patterns, in which no repetition needs a bound."""
+
+
+@functools.cache
+def _patterns() -> Any:
+    """Of all hints, as one set that a text is run through once."""
+    patterns = re2.Set.SearchSet()
+    for pattern in HINTS.values():
+        patterns.Add(pattern)
+    patterns.Compile()
+    return patterns
+
+
+def _hints(text: str) -> set[str]:
+    names = tuple(HINTS)
+    return {names[index] for index in _patterns().Match(text.encode("utf-8", "surrogatepass")) or ()}

@@ -18,7 +18,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from router.cascade import AGREEMENT, Hearing, describe, join
-from router.difficulty import Encoder, Heads
+from router.difficulty import Encoder
+from router.heads import Heads
 from router.outcomes import EXPERTS, Answers, Rows
 from router.wording import Wording, read
 

@@ -45,7 +45,7 @@ def observe(
         difficult_from=difficult_from,
         tenant=tenant,
         key=key,
-        bucket=bucket(request) if policy.asks("bucket") else None,
+        bucket=bucket(request) if policy.asks_bucket else None,
         spent=spent,
         scenario=class_of(request, scenario, policy.default_class, policy.targets),
     )
@@ -85,13 +85,13 @@ def _difficulty(request: ChatRequest, goal: Goal | None) -> tuple[float | None, 
     score = model.score([request.prompt or said])[0]
     if not math.isfinite(score):
         return None, None
-    return score, None if goal is None else _threshold(goal)
+    return score, None if goal is None else _threshold(goal.cloud_share, goal.quality)
 
 
 @functools.lru_cache(64)
-def _threshold(goal: Goal) -> float:
-    """The difficulty that achieves it, by the shipped weights."""
-    return outlook(goal, shipped_difficulty()).threshold
+def _threshold(cloud_share: float | None, quality: float | None) -> float:
+    """The difficulty that achieves such a goal, by the shipped weights."""
+    return outlook(Goal(cloud_share=cloud_share, quality=quality), shipped_difficulty()).threshold
 
 
 def outlook(goal: Goal, model: Difficulty) -> Outlook:

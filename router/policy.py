@@ -337,6 +337,10 @@ class Policy(Written):
         return self.goal is not None or self.asks("difficulty")
 
     @cached_property
+    def asks_bucket(self) -> bool:
+        return self.asks("bucket")
+
+    @cached_property
     def asks_privacy(self) -> bool:
         labels = (self.label, *(rule.label for rule in self.rules))
         return self.asks("personal", "secret") or not self.privacy.off or "redact" in labels

@@ -9,7 +9,7 @@ and written, else unknown.
                         ran beside as many others as would now)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from router.features import DeviceReading, LinkReading, RequestFeatures
@@ -51,7 +51,7 @@ def predict(
     cost = None if price is None else price.of(request.prompt_tokens, request.expected_output_tokens)
     return Predictions(
         edge=_whole(_edge_first(request, device), further, device.token_s),
-        cloud=replace(_whole(_cloud_first(request, link), further, link.token_s), cost=cost),
+        cloud=_whole(_cloud_first(request, link), further, link.token_s, cost),
     )
 
 
@@ -74,9 +74,9 @@ def _cloud_first(request: RequestFeatures, link: LinkReading) -> float | None:
     return max(seconds, link.round_trip_s or 0.0)
 
 
-def _whole(first: float | None, further: int, token_s: float | None) -> Prediction:
+def _whole(first: float | None, further: int, token_s: float | None, cost: float | None = None) -> Prediction:
     total = None if first is None or token_s is None else first + further * token_s
-    return Prediction(first_token_s=first, total_s=total)
+    return Prediction(first_token_s=first, total_s=total, cost=cost)
 
 
 @dataclass(frozen=True, slots=True)

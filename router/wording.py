@@ -5,10 +5,12 @@ All hashing is one polynomial prefix sum over the UTF-8 bytes, modulo 2**64: the
 loop (after Karp and Rabin 1987).
 """
 
+import bisect
 import functools
 import math
 import re
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,14 @@ _BASE = 0x9E3779B97F4A7C15  # odd, so invertible modulo 2**64
 _INVERSE = pow(_BASE, -1, 1 << 64)
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _PAIR = np.uint64(0xA0761D6478BD642F)
+_ONE, _FAR, _NEAR = np.uint64(1), np.uint64(32), np.uint64(29)
+_SIZES = (3, 4, 5)  # bytes of an n-gram
+_INSIDE = bytes(97 <= byte <= 122 or 48 <= byte <= 57 or byte >= 128 for byte in range(256))  # of a word
+_CAPITALS = bytes(range(65, 91))
 
 _TOKEN = re.compile(r"[a-z]+|\d+(?:[.,]\d+)*|\\[a-z]+|[^\w\s]")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_FOREIGN = re.compile(r"[^\x00-\x7f]")
 _OPTION = re.compile(r"\n[A-P][.)] ")
 _SENTENCE = re.compile(r"[.!?](?=\s|$)")
 _VALUE = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
@@ -73,26 +81,48 @@ def read(text: str) -> Wording:
 
 
 def _hash(text: str) -> tuple[Hashes, Hashes]:
-    """Hashes of the words, and of all 3- to 5-byte grams, words and word pairs together."""
-    flat = f" {' '.join(text.lower().split())} ".encode("utf-8", "ignore")[: 6 * CLIP]
-    data = np.frombuffer(flat, np.uint8)
+    """Hashes of the words, and of all 3- to 5-byte grams, word pairs and words together (in no order that matters)."""
+    flat = f" {' '.join(text.lower().split())} ".encode("utf-8", "ignore")
+    size = len(flat)
     up, down = _powers()
-    prefix = np.zeros(len(data) + 1, np.uint64)
-    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * up[: len(data)], out=prefix[1:])
-    inside = ((data >= 97) & (data <= 122)) | ((data >= 48) & (data <= 57)) | (data >= 128)
-    edges = np.flatnonzero(np.diff(inside.astype(np.int8), prepend=0, append=0))
-    starts, ends = edges[::2], edges[1::2]
-    words = _mix((prefix[ends] - prefix[starts]) * down[starts])
-    grams = [
-        _mix((prefix[n:] - prefix[:-n]) * down[: len(data) - n + 1] + np.uint64(n)) for n in (3, 4, 5) if len(data) >= n
-    ]
-    return words, np.concatenate([*grams, words, _mix(words[:-1] * _PAIR + words[1:])])
+    codes = np.add(np.frombuffer(flat, np.uint8), _ONE, dtype=np.uint64)
+    codes *= up[:size]
+    prefix = np.zeros(size + 1, np.uint64)
+    codes.cumsum(out=prefix[1:])
+    inside = np.frombuffer(flat.translate(_INSIDE), np.uint8)  # begins and ends with a blank, which no word holds
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    edges += 1
+    starts = edges[::2]
+    words = prefix[edges[1::2]]
+    words -= prefix[starts]
+    words *= down[starts]
+    _mix(words)
+    return words, _grams(prefix, down, words)
 
 
-def _mix(hashes: Hashes) -> Hashes:
-    hashes = hashes ^ (hashes >> np.uint64(32))
-    hashes = hashes * _MIX
-    return hashes ^ (hashes >> np.uint64(29))
+def _grams(prefix: Hashes, down: Hashes, words: Hashes) -> Hashes:
+    """All in one array, so that they are mixed at once."""
+    size, pairs = len(prefix) - 1, max(len(words) - 1, 0)
+    grams = np.empty(sum(max(size - n + 1, 0) for n in _SIZES) + pairs + len(words), np.uint64)
+    at = 0
+    for n in _SIZES:
+        part = grams[at : at + max(size - n + 1, 0)]
+        np.subtract(prefix[n:], prefix[: len(part)], out=part)
+        part *= down[: len(part)]
+        part += np.uint64(n)
+        at += len(part)
+    both = grams[at : at + pairs]
+    np.multiply(words[:-1], _PAIR, out=both)
+    both += words[1:]
+    _mix(grams[: at + pairs])
+    grams[at + pairs :] = words
+    return grams
+
+
+def _mix(hashes: Hashes) -> None:
+    hashes ^= hashes >> _FAR
+    hashes *= _MIX
+    hashes ^= hashes >> _NEAR
 
 
 def _measure(text: str, length: int) -> list[float]:
@@ -100,50 +130,45 @@ def _measure(text: str, length: int) -> list[float]:
     cut = _OPTION.search(text)
     stem, options = (text[: cut.start()], text[cut.start() :]) if cut else (text, "")
     tokens = _TOKEN.findall(stem.lower())
-    counts, numbers, found = _tally(tokens)
-    sentences = len(_SENTENCE.findall(stem))
     return [
         math.log1p(length),
-        *_shape(stem, tokens, found, sentences),
-        *_quantities(numbers, len(tokens)),
-        *_choices(options, tokens),
+        *_shape(stem, tokens),
+        *_quantities(_NUMBER.findall(stem), len(tokens)),
+        *(_choices(options, tokens) if options else _NO_CHOICES),
         *_symbols(text, stem, options),
         *_program(stem),
         math.log1p(len(stem)) * (not options and "def " not in stem),
         float("\\" in stem and not options),
         float(bool(tokens) and tokens[0] in _OPENERS),
-        *map(math.log1p, counts),
+        *map(math.log1p, _subjects(tokens)),
     ]
 
 
-def _tally(tokens: list[str]) -> tuple[list[int], list[str], tuple[int, int, int, int]]:
-    """Lexicon counts, the numbers, and (words, their letters, words over 7 letters, words over 10)."""
-    known = _categories()
+def _subjects(tokens: list[str]) -> list[int]:
+    """How many of the tokens each word list of the lexicon has."""
     counts = [0] * len(LEXICON)
-    numbers: list[str] = []
-    words = letters = long = longer = 0
-    for token in tokens:
-        for category in known.get(token, ()):
-            counts[category] += 1
-        if token[0].isdigit():
-            numbers.append(token)
-        elif "a" <= token[0] <= "z":
-            size = len(token)
-            words, letters, long, longer = words + 1, letters + size, long + (size > 7), longer + (size > 10)
-    return counts, numbers, (words, letters, long, longer)
+    for category in chain.from_iterable(map(_categories().get, tokens, repeat(()))):
+        counts[category] += 1
+    return counts
 
 
-def _shape(stem: str, tokens: list[str], found: tuple[int, int, int, int], sentences: int) -> list[float]:
-    words, letters, long, longer = found
-    total, size = max(len(tokens), 1), max(words, 1)
+def _words(tokens: list[str]) -> list[str]:
+    """Of all tokens only words are nothing but letters."""
+    return list(filter(str.isalpha, tokens))
+
+
+def _shape(stem: str, tokens: list[str]) -> list[float]:
+    lengths = sorted(map(len, _words(tokens)))
+    words, total = len(lengths), max(len(tokens), 1)
+    size, sentences = max(words, 1), len(_SENTENCE.findall(stem))
     last = stem.rstrip()[-1:]
     return [
         math.log1p(len(stem)),
         math.log1p(words),
         math.log1p(len(tokens)),
-        letters / size,
-        long / size,
-        longer / size,
+        sum(lengths) / size,
+        (words - bisect.bisect_right(lengths, 7)) / size,
+        (words - bisect.bisect_right(lengths, 10)) / size,
         len(set(tokens)) / total,
         math.log1p(sentences),
         words / (1 + sentences),
@@ -154,7 +179,7 @@ def _shape(stem: str, tokens: list[str], found: tuple[int, int, int, int], sente
 
 
 def _quantities(numbers: list[str], tokens: int) -> list[float]:
-    values = [float(re.sub(r"\.(?=.*\.)", "", number.replace(",", ""))) for number in numbers[:50] if len(number) < 20]
+    values = [_value(number) for number in numbers[:50] if len(number) < 20]
     return [
         math.log1p(len(numbers)),
         math.log1p(len(set(numbers))),
@@ -167,27 +192,36 @@ def _quantities(numbers: list[str], tokens: int) -> list[float]:
     ]
 
 
+def _value(number: str) -> float:
+    """With commas between thousands; of several points only the last is one."""
+    whole, point, part = number.replace(",", "").rpartition(".")
+    return float(f"{whole.replace('.', '')}{point}{part}")
+
+
+_NO_CHOICES = (0.0, 0.0, 1.0, *([0.0] * 19))  # what `_choices` says of no options
+
+
 def _choices(options: str, asked: list[str]) -> list[float]:
     """The answer options of a multiple-choice question: how many, how long, how numeric."""
     parts = _OPTION.split(options)[1:]
-    lengths = [len(part) for part in parts] or [0]
+    lengths = [len(part) for part in parts]
     mean = sum(lengths) / len(lengths)
     spread = math.sqrt(sum((length - mean) ** 2 for length in lengths) / len(lengths))
-    tokens = _TOKEN.findall(options.lower())
-    words = sum("a" <= token[0] <= "z" for token in tokens)
-    digits = sum(token[0].isdigit() for token in tokens)
+    said = [_TOKEN.findall(part.lower()) for part in parts]
     count = len(parts)
-    bags = [set(_TOKEN.findall(part.lower())) for part in parts[:16]]
-    shared, offered = (set.intersection(*bags), set.union(*bags)) if bags else (set(), set())
+    words = count + sum(len(_words(tokens)) for tokens in said)  # each option's own letter is one
+    digits = len(_NUMBER.findall(options))
+    bags = [set(tokens) for tokens in said[:16]]
+    shared, offered = set.intersection(*bags), set.union(*bags)
     values = [
         float(found[0].replace(",", "")) for part in parts if (found := _VALUE.match(part)) and len(found[0]) < 20
     ]
-    numeric = sum(part[:1].isdigit() or part[:1] in tuple("$-+\\") for part in parts) / max(count, 1)
+    numeric = sum(part[:1].isdigit() or part[:1] in tuple("$-+\\") for part in parts) / count
     return [
         math.log1p(len(options)),
         count,
-        float(count == 0),
-        float(0 < count <= 4),
+        0.0,
+        float(count <= 4),
         float(count > 4),
         float(count == 10),
         numeric,
@@ -196,7 +230,7 @@ def _choices(options: str, asked: list[str]) -> list[float]:
         spread / (1 + mean),
         math.log1p(words),
         math.log1p(digits),
-        words / max(count, 1),
+        words / count,
         float("none of" in options or "None of" in options),
         float("all of" in options or "All of" in options),
         float(_ROMAN.search(options) is not None),
@@ -216,11 +250,17 @@ def _symbols(text: str, stem: str, options: str) -> list[float]:
         math.log1p(sum(map(stem.count, "=<>+*^"))),
         math.log1p(sum(map(options.count, "=<>+*^\\$"))),
         math.log1p(stem.count('"') + stem.count("'")),
-        math.log1p(len(text) - len(text.encode("ascii", "ignore"))),
-        sum(map(str.isupper, stem)) / size,
+        math.log1p(0 if text.isascii() else len(_FOREIGN.findall(text))),
+        _capitals(stem) / size,
         float("Statement 1" in stem),
         float("Scenario 1" in stem),
     ]
+
+
+def _capitals(text: str) -> int:
+    plain = text.encode("ascii", "ignore")
+    foreign = () if len(plain) == len(text) else _FOREIGN.findall(text)
+    return len(plain) - len(plain.translate(None, _CAPITALS)) + sum(map(str.isupper, foreign))
 
 
 def _program(stem: str) -> list[float]:

@@ -1,10 +1,12 @@
 """What in a text is personal or secret, and where. Linear in the text; what cannot be checked counts as found.
 
-One pass over all patterns at once (RE2's set) says which kinds a text could hold at all: most texts hold none and are
-done. Only those kinds are then searched for, and their candidates checked.
+One pass over all patterns at once (RE2's set) says which kinds a text could hold at all, and whether anything in it
+could be encoded: most texts hold nothing and are done. Only those kinds are then searched for, and their candidates
+checked.
 """
 
 import bisect
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any, Final
 
 import re2
 
-from router.privacy.forms import Form, Plain, TooMany, forms
+from router.privacy.forms import ENCODED, Form, Plain, TooMany, folded, others
 from router.privacy.kinds import REGIONS, Kind, kinds
 
 MAX_CHARS: Final = 200_000
@@ -21,6 +23,7 @@ CONTEXT_CHARS: Final = 48
 MAX_WORDS: Final = 5000
 MAX_WORD_CHARS: Final = 128
 TOO_MUCH: Final = "the words are too much text together"
+_UP_TO: Final = re.compile(r"\{(\d+),\d\d+\}")
 
 
 class Undecided(Exception):
@@ -56,7 +59,7 @@ class Detector:
         options.log_errors = False
         options.max_mem = 64 << 20
         try:
-            self._any = _set(self._kinds, options)
+            self._any = _set((*(kind.pattern for kind in self._kinds), *ENCODED), options)
             self._patterns = [re2.compile(kind.pattern, options) for kind in self._kinds]
         except re2.error:
             raise ValueError(TOO_MUCH) from None
@@ -71,9 +74,13 @@ class Detector:
         checked = Counter() if checked is None else checked
         if len(text) > MAX_CHARS:
             raise Undecided(f"{len(text)} characters are more than the {MAX_CHARS} that are looked through")
+        form = folded(text, self._plain)
+        raw, suspected = self._look(form)
+        if not suspected:
+            return []
         found: dict[Finding, None] = {}  # in order; several forms of a text show the same
         try:
-            for finding in self._all(text, checked):
+            for finding in self._all(form, raw, suspected, checked):
                 found[finding] = None
                 if len(found) > MAX_FINDINGS:
                     raise Undecided(f"more than {MAX_FINDINGS} findings")
@@ -81,13 +88,21 @@ class Detector:
             raise Undecided("more encoded passages than are looked into") from None
         return apart(found, text)
 
-    def _all(self, text: str, checked: Counter[int]) -> Iterator[Finding]:
-        for form in forms(text, self._plain):
-            yield from self._in_form(form, checked)
-
-    def _in_form(self, form: Form, checked: Counter[int]) -> Iterator[Finding]:
+    def _look(self, form: Form) -> tuple[bytes, Sequence[int]]:
+        """The form in UTF-8, and which of the kinds, or of ENCODED after them, it could hold."""
         raw = form.text.encode("utf-8", "surrogatepass")
-        for index in self._any.Match(raw) or ():
+        return raw, self._any.Match(raw) or ()
+
+    def _all(self, form: Form, raw: bytes, suspected: Sequence[int], checked: Counter[int]) -> Iterator[Finding]:
+        yield from self._in_form(form, raw, suspected, checked)
+        if max(suspected) >= len(self._kinds):
+            for other in others(form, self._plain):
+                yield from self._in_form(other, *self._look(other), checked)
+
+    def _in_form(self, form: Form, raw: bytes, suspected: Sequence[int], checked: Counter[int]) -> Iterator[Finding]:
+        for index in suspected:
+            if index >= len(self._kinds):
+                continue
             kind = self._kinds[index]
             at = seen = 0  # the same place, in characters and in bytes
             for start, end in self._of_kind(index, raw, checked):
@@ -105,10 +120,11 @@ class Detector:
                 yield start, end
 
 
-def _set(known: Iterable[Kind], options: Any) -> Any:
+def _set(patterns: Iterable[str], options: Any) -> Any:
+    """Generous: it need not count how long a long match is, and so takes far fewer states."""
     found = re2.Set.SearchSet(options)
-    for kind in known:
-        found.Add(kind.pattern)
+    for pattern in patterns:
+        found.Add(_UP_TO.sub(r"{\1,}", pattern))
     found.Compile()
     return found
 

@@ -44,6 +44,12 @@ _HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2})+")
 _UNITS: Final = re.compile(r"[ux]\{?([0-9A-Fa-f]+)")
 _ESCAPED: Final = {"b": " ", "f": " ", "n": "\n", "r": "\r", "t": "\t"}
 
+ENCODED: Final = (
+    r"%[0-9A-Fa-f]{2}|\\[ux\"'/bfnrt]|&[#A-Za-z]|[0-9]\+[0-9]|[\[({] ?(?:at|AT|dot|DOT) ?[\])}]",
+    r"[A-Za-z0-9+/_-]{16,}",
+)
+"""What each code, and each run, has in it, as RE2 writes it: a text without any of it has no other form."""
+
 Places = tuple[Sequence[int], Sequence[int]]
 
 
@@ -104,15 +110,21 @@ class Plain(dict[int, str]):
 def forms(text: str, plain: Plain, layers: int = MAX_LAYERS) -> Iterator[Form]:
     """The text, folded; that with its codes decoded, and decoded again while there are any; and each of its runs of
     base64 or hexadecimal digits that decodes to text, in that text's own forms. Raises TooMany."""
-    form = folded = _folded(text, plain)
-    yield folded
+    base = folded(text, plain)
+    yield base
+    yield from others(base, plain, layers)
+
+
+def others(base: Form, plain: Plain, layers: int = MAX_LAYERS) -> Iterator[Form]:
+    """The forms of a folded text beside itself."""
+    form = base
     for _ in range(layers):
         if not any(sign in form.text for sign in _SIGNS) or not _CODES.search(form.text):
             break
         form = _decoded(form, plain)
         yield form
     if layers > 1:
-        yield from _encoded(folded, plain, layers - 1)
+        yield from _encoded(base, plain, layers - 1)
 
 
 def _encoded(base: Form, plain: Plain, layers: int) -> Iterator[Form]:
@@ -126,8 +138,9 @@ def _encoded(base: Form, plain: Plain, layers: int) -> Iterator[Form]:
             raise TooMany
 
 
-def _folded(text: str, plain: Plain) -> Form:
-    if text.isascii() or (folded := text.translate(plain)) == text:
+def folded(text: str, plain: Plain) -> Form:
+    """The text as it reads, character for character."""
+    if text.isascii() or (read := text.translate(plain)) == text:
         return Form(text)
 
     def locate() -> Places:
@@ -138,7 +151,7 @@ def _folded(text: str, plain: Plain) -> Form:
             [at + 1 for at, length in enumerate(lengths) for _ in range(length)],
         )
 
-    return Form(folded, locate)
+    return Form(read, locate)
 
 
 def _decoded(base: Form, plain: Plain) -> Form:

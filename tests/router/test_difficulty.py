@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from router import wording
 from router.cascade import SIGNALS, Cascade
-from router.difficulty import Difficulty, score, score_after, walk
+from router.difficulty import Difficulty, score, score_after
 from router.weights import InvalidWeights
 from shared.errors import BadRequest
+from tests.router import plain
+from tests.router.texts import TEXTS
 
 HELLO = "Hi there! How are you doing today?"
 SUM = "Tom has 3 apples and buys 4 more. How many apples does he have?"
@@ -222,19 +224,11 @@ def test_grams_hold_every_piece_of_the_text() -> None:
     assert part <= whole
 
 
-def test_walking_trees_at_once_is_walking_them_one_by_one() -> None:
-    """The forest walked as arrays sums what its trees give when walked node by node."""
-    rng = np.random.default_rng(1)
-    feature, limit, leaf = rng.integers(0, 6, (20, 7)), rng.normal(size=(20, 7)), rng.normal(size=(20, 8))
-    inputs = rng.normal(size=6)
-
-    def one(tree: int) -> float:
-        node = 0
-        while node < 7:
-            node = 2 * node + (2 if inputs[feature[tree, node]] > limit[tree, node] else 1)
-        return float(leaf[tree, node - 7])
-
-    assert walk(feature, limit, leaf, inputs) == pytest.approx(sum(map(one, range(20))))
+@given(st.one_of(TEXTS, st.sampled_from([HELLO, SUM, MEDICINE, CODE]), st.just(MEDICINE * 12)))
+@settings(max_examples=40, deadline=None)
+def test_the_fast_score_is_the_plain_one(shipped: Difficulty, text: str) -> None:
+    """For any text the score is what the tables say when every step is worked out one by one."""
+    assert shipped.score([text])[0] == pytest.approx(plain.score(shipped, text), abs=1e-5)
 
 
 def test_agreement_lowers_and_dissent_raises_the_need(cascade: Cascade) -> None:

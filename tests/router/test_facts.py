@@ -1,7 +1,7 @@
 import pytest
 
 from router.conditions import Range, When
-from router.facts import FACTS, Case, matched
+from router.facts import FACTS, Case
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
 from router.policy import Policy, Rule
 
@@ -123,7 +123,7 @@ def test_edge_first_token(device, seconds):
 )
 def test_conditions(when, reason):
     """All conditions must hold, and the reason shows each with what was measured."""
-    match = matched(case(Rule(name="r", when=when, target="cloud"))).match
+    match = case(Rule(name="r", when=when, target="cloud")).match
     assert (match and match.reason) == (reason and f"rule r: {reason}")
 
 
@@ -138,7 +138,21 @@ def test_conditions(when, reason):
 )
 def test_what_is_not_measured_holds_for_no_condition(when):
     """An unknown is neither large nor small, neither true nor false."""
-    assert matched(case(Rule(name="r", when=when, target="cloud"), device=BARE, link=NO_CLOUD)).match is None
+    assert case(Rule(name="r", when=when, target="cloud"), device=BARE, link=NO_CLOUD).match is None
+
+
+def test_no_fact_is_read_twice_or_in_vain(monkeypatch):
+    """A fact that several rules ask for is worked out once, and none after a condition of the rule that fails."""
+    read = []
+    for name in ("maths", "code", "turns"):
+        monkeypatch.setitem(FACTS, name, lambda case, name=name: read.append(name) or getattr(case.request, name))
+    rules = (
+        Rule(name="a", when=When(code=False, maths=False), target="edge"),
+        Rule(name="b", when=When(code=True, turns=Range(**{"==": 3})), target="edge"),
+    )
+    match = case(*rules).match
+    assert match is not None
+    assert (match.rule.name, read) == ("b", ["code", "turns"])
 
 
 def test_the_first_rule_that_holds_applies():
@@ -148,7 +162,7 @@ def test_the_first_rule_that_holds_applies():
         Rule(name="first", when=When(code=True), target="cloud"),
         Rule(name="second", when=When(code=True), target="edge"),
     )
-    match = matched(case(*rules)).match
+    match = case(*rules).match
     assert match is not None
     assert match.rule.name == "first"
 
@@ -157,6 +171,6 @@ def test_rules_for_the_cloud_do_not_see_edge_only_requests():
     """Such a request is looked at by the next rule instead."""
     request = RequestFeatures(prompt_tokens=1, label="edge_only")
     rules = (Rule(name="up", when=When(label="edge_only"), target="cloud"), Rule(name="down", target="edge"))
-    match = matched(case(*rules, request=request)).match
+    match = case(*rules, request=request).match
     assert match is not None
     assert match.rule.name == "down"

@@ -1,11 +1,13 @@
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.features import SCAN_CHARS, DeviceReading, RequestFeatures, estimate_tokens, measure
+from router.features import HINTS, SCAN_CHARS, DeviceReading, RequestFeatures, estimate_tokens, measure
 from shared.schemas import ChatRequest, Message, Sampling
+from tests.router.texts import joined
 
 
 def ask(text: str, **fields) -> ChatRequest:
@@ -46,6 +48,21 @@ def hints(text: str) -> set[str]:
 def test_hints(text, expected):
     """Code, maths, JSON and tools are told from the text, whatever the language around them; plain prose is none."""
     assert hints(text) == expected
+
+
+FRAGMENTS = (
+    "def f", "(", "import os", "#include <", "fn x", "SELECT a", " FROM b", "select *", "foo()", ";", "{", "python",
+    "c++", "\n", " ", "\t", "3", "+", " - ", "x =", "?", "\\frac", "π", "solve", "how many", "json", '{"a"', ":",
+    "use the ", "function", "tool", " call", "s", "_", ".", "`", "```", "const x", "é",
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(joined(FRAGMENTS, most=10))
+def test_all_hints_at_once_are_each_by_itself(text):
+    """One pass over all patterns says what each of them says when it is tried alone, by another engine."""
+    alone = {hint for hint, pattern in HINTS.items() if re.search(pattern, text, re.ASCII)}
+    assert hints(text) == alone
 
 
 def test_tool_messages_are_a_tools_hint():
