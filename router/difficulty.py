@@ -42,7 +42,7 @@ class Encoder:
         share = len(known) / max(len(wording.words), 1)
         if not len(known):
             return np.concatenate([wording.measures, np.zeros(len(self.scale)), [share]])
-        mean = np.add.reduce(self.vectors.take(known, axis=0), axis=0, dtype=np.int64) / len(known)
+        mean = np.add.reduce(self.vectors.take(known, axis=0), axis=0, dtype=np.int32) / len(known)
         mean *= self.scale
         mean -= self.centre
         mean /= math.sqrt(mean @ mean) + 1e-9

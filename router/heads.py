@@ -82,6 +82,8 @@ class Panel:
         grams = (weight.astype(np.float32, copy=False) @ self._gram.take(where, axis=0)).tolist()
         gain = 0.0
         for expert, share in enumerate(shares):
+            if not share:
+                continue
             linear, forest, gram = self._blend[expert]
             weak, strong = logits[experts + expert], logits[2 * experts + expert]
             gain += share * (

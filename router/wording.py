@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, filterfalse, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,7 +133,7 @@ def _measure(text: str, length: int) -> list[float]:
     return [
         math.log1p(length),
         *_shape(stem, tokens),
-        *_quantities(_NUMBER.findall(stem), len(tokens)),
+        *_quantities(_numbers(tokens), len(tokens)),
         *(_choices(options, tokens) if options else _NO_CHOICES),
         *_symbols(text, stem, options),
         *_program(stem),
@@ -155,6 +155,10 @@ def _subjects(tokens: list[str]) -> list[int]:
 def _words(tokens: list[str]) -> list[str]:
     """Of all tokens only words are nothing but letters."""
     return list(filter(str.isalpha, tokens))
+
+
+def _numbers(tokens: list[str]) -> list[str]:
+    return [token for token in filterfalse(str.isalpha, tokens) if token[0].isdigit()]
 
 
 def _shape(stem: str, tokens: list[str]) -> list[float]:
@@ -194,6 +198,8 @@ def _quantities(numbers: list[str], tokens: int) -> list[float]:
 
 def _value(number: str) -> float:
     """With commas between thousands; of several points only the last is one."""
+    if number.isdecimal():
+        return float(number)
     whole, point, part = number.replace(",", "").rpartition(".")
     return float(f"{whole.replace('.', '')}{point}{part}")
 

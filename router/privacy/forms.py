@@ -180,7 +180,7 @@ def _characters(code: str) -> list[tuple[str, int]]:
     match code[0]:
         case "%":
             text = unquote_to_bytes(code).decode(errors="replace")
-            return [(char, 3 if char == "\ufffd" else 3 * len(char.encode())) for char in text]
+            return [(char, 3 if char.isascii() or char == "\ufffd" else 3 * len(char.encode())) for char in text]
         case "&":
             text = html.unescape(code) or " "
             return [(char, 1) for char in code] if text == code else [(text[0], len(code))]

@@ -152,9 +152,11 @@ def _walked(value: Any, rewrite: Rewrite, field: str) -> Any:
     if isinstance(value, str):
         return rewrite(value, field in _JSON)
     if isinstance(value, msgspec.Struct):
-        names = [name for name in value.__struct_fields__ if name not in _STRUCTURAL]
-        fields = {name: _walked(getattr(value, name), rewrite, name) for name in names}
-        changed = {name: now for name, now in fields.items() if now is not getattr(value, name)}
+        changed = {}
+        for name in value.__struct_fields__:
+            before = getattr(value, name)  # what is empty holds no text
+            if before and name not in _STRUCTURAL and (now := _walked(before, rewrite, name)) is not before:
+                changed[name] = now
         return msgspec.structs.replace(value, **changed) if changed else value
     if isinstance(value, tuple | list):
         items = tuple(_walked(item, rewrite, field) for item in value)
