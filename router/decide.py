@@ -259,7 +259,7 @@ def scenario(case: Case) -> Choice | None:
         return None
     predicted = case.predictions
     said = {"edge": predicted.edge.first_token_s, "cloud": predicted.cloud.first_token_s}
-    standing, limit = goal(case) or standing_preference(case), targets.p95_ms / 1000
+    standing, limit = goal(case) or weights(case) or standing_preference(case), targets.p95_ms / 1000
     slow, other = said[standing.target], said[OTHER[standing.target]]
     if slow is None or other is None or slow <= limit or other > limit:
         return None
@@ -277,6 +277,22 @@ def goal(case: Case) -> Choice | None:
     return Choice("edge", "goal", (f"goal: difficulty {difficulty:.2f} < {limit:.2f}",))
 
 
+def weights(case: Case) -> Choice | None:
+    """What the cloud would gain, against what it would take longer and cost. A prediction that counts and is not to be
+    had leaves the choice to others."""
+    counts, difficulty, predicted = case.policy.weights, case.request.difficulty, case.predictions
+    if counts is None or difficulty is None:
+        return None
+    here, there, cost = predicted.edge.total_s, predicted.cloud.total_s, predicted.cloud.cost
+    if counts.second and (here is None or there is None):
+        return None
+    time = counts.second * (there - here) if here is not None and there is not None else 0.0
+    money = counts.money * (cost or 0.0)
+    gain = counts.quality * difficulty
+    target: Target = "cloud" if gain > time + money else "edge"
+    return Choice(target, "weights", (f"weights: quality {gain:.3g}, time {0 - time:+.3g}, money {0 - money:+.3g}",))
+
+
 def standing_preference(case: Case) -> Choice:
     return Choice("cloud" if case.policy.mode == "prefer_cloud" else "edge", "mode", (f"mode {case.policy.mode}",))
 
@@ -286,6 +302,7 @@ PREFERENCES: Final[tuple[Callable[[Case], Choice | None], ...]] = (
     roomier_context,
     scenario,
     goal,
+    weights,
     standing_preference,
 )
 
@@ -380,8 +397,8 @@ def _edge_may_stand_in(case: Case, barred: Mapping[Target, Bar]) -> bool:
 
 
 def _escalates(case: Case, barred: Mapping[Target, Bar], choice: Choice) -> bool:
-    """The cascade is for what was left to the edge by a goal or the mode: no rule, bar or outage has spoken. Nothing is
-    held back for a cloud that could not answer."""
-    if case.policy.cascade is None or choice.target != "edge" or choice.rule not in ("goal", "mode"):
+    """The cascade is for what was left to the edge by a goal, by weights or by the mode: no rule, bar or outage has
+    spoken. Nothing is held back for a cloud that could not answer."""
+    if case.policy.cascade is None or choice.target != "edge" or choice.rule not in ("goal", "weights", "mode"):
         return False
     return "cloud" not in barred and _outage(case, "cloud") is None and case.beyond_budget is None

@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Final
 
 from router.classes import Class
+from router.clauses import Rule
 from router.conditions import WEEKDAYS
 from router.expression import Fact
 from router.features import DeviceReading, LinkReading, RequestFeatures
-from router.policy import Policy, Rule
+from router.policy import Policy
 from router.predict import Predictions, predict
 from shared.schemas import LABELS, Label
 

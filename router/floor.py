@@ -8,7 +8,8 @@ another's: what must stay here whoever writes the policy is to be labelled, by t
 
 from collections.abc import Collection, Iterator
 
-from router.policy import CacheRules, Policy, Rule
+from router.clauses import CacheRules, Rule
+from router.policy import Policy
 from router.privacy.kinds import KINDS
 from shared.schemas import LABELS, Label
 

@@ -11,7 +11,7 @@
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Self
 
-from router.policy import Breaker
+from router.clauses import Breaker
 from shared.errors import BadRequest, Cancelled, CausewayError, RequestConflict
 
 ROUND_TRIP_GAIN: Final = 1 / 8  # RFC 6298's gain for a smoothed round trip

@@ -6,11 +6,12 @@ import math
 from typing import Final
 
 from router.classes import class_of
+from router.clauses import Goal
 from router.difficulty import Difficulty, Outlook, shipped_difficulty
 from router.document import read
 from router.features import RequestFeatures, measure
 from router.money import NOTHING_SPENT, Spent
-from router.policy import Goal, InvalidPolicy, Policy, parse
+from router.policy import InvalidPolicy, Policy, parse
 from router.privacy.inspect import CLEAN, inspect
 from router.weights import InvalidWeights
 from shared.schemas import ChatRequest
@@ -55,7 +56,11 @@ def usable(source: str | bytes, *, name: str) -> Policy:
     """The policy written in `source`, as `parse` reads it. Raises InvalidPolicy, too, where it asks for a difficulty
     that cannot be measured here: nobody could keep its goal."""
     policy = parse(source, name=name)
-    asking = {"goal": policy.goal is not None, "rules": policy.asks("difficulty")}
+    asking = {
+        "goal": policy.goal is not None,
+        "weights": policy.weights is not None,
+        "rules": policy.asks("difficulty"),
+    }
     others = (*map(policy.of, policy.tenants), *([policy.shadowing] if policy.shadowing else []))
     asking["tenants" if policy.tenants else "shadow"] = any(other.asks_difficulty for other in others)
     if field := next((field for field, asks in asking.items() if asks), None):

@@ -8,34 +8,22 @@ from typing import Annotated, Any, Final, Literal, Self
 from zoneinfo import ZoneInfo
 
 import pydantic
-from pydantic import (
-    BaseModel,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from router.cascade_rules import AgreedCurve, Calibration, CascadeRules, SecondSample
 from router.classes import KNOWN, Targets
-from router.conditions import MAP, TEXT, ClassName, Condition, Range, TenantName, When, Written
+from router.clauses import Breaker, CacheRules, Goal, PrivacyRules, Rule, Weights, incoherent
+from router.conditions import MAP, TEXT, ClassName, Range, TenantName, When, Written
 from router.document import Document, InvalidPolicy, Path, Problem, read, shorten
 from router.features import EXPECTED_OUTPUT_TOKENS
 from router.money import Budgets, Price, Prices, Tariff
-from router.privacy.checks import SUPPORTED_REGIONS
-from router.privacy.detect import MAX_WORD_CHARS, MAX_WORDS, Detector
-from router.privacy.kinds import KINDS, REGIONS
-from shared.schemas import MAX_OUTPUT_TOKENS, Label, Target
+from shared.schemas import MAX_OUTPUT_TOKENS, Label
 
 __all__ = [
-    "Breaker",
-    "CacheRules",
     "InvalidPolicy",
     "Policy",
     "Problem",
-    "Rule",
-    "SemanticRules",
     "json_schema",
     "parse",
 ]
@@ -45,169 +33,9 @@ Mode = Literal["prefer_edge", "only_edge", "prefer_cloud", "only_cloud"]
 MAX_RULES: Final = 256
 MAX_TENANTS: Final = 256
 MAX_CLASSES: Final = 32
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-"""Goes into reply headers, hence the narrow alphabet."""
 
 
-class Rule(Written):
-    """The first rule with a target whose conditions hold says where the request goes. Every rule whose conditions hold
-    gives it its label; the strictest counts. The first with a class whose conditions hold gives it its class."""
-
-    name: Name = Field(description="shown in the reason of every reply that it decides")
-    when: Condition = Field(When(), description="a map of conditions, or one expression; nothing at all means always")
-    target: Target | None = Field(None, description="where the request goes; none: a label or a class only")
-    label: Label = Field("free", description="what the request is labelled at least, wherever another rule sends it")
-    scenario: ClassName | None = Field(
-        None, alias="class", description="the scenario class of the request, whatever it asked for"
-    )
-    fallback: bool = Field(True, description="false: this target or nobody, whatever happens")
-
-    @property
-    def silent(self) -> bool:
-        """It says nothing."""
-        return self.target is None and self.label == "free" and self.scenario is None
-
-    @property
-    def unconditional(self) -> bool:
-        """None that comes after it is ever asked where to go."""
-        return self.target is not None and self.when == When()
-
-    @property
-    def labelling(self) -> "Rule":
-        """What is left of it where it may not say where to go."""
-        return self.model_copy(update={"target": None, "fallback": True})
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.silent:
-            raise PydanticCustomError("missing", "is required", {"path": ("target",)})
-        if self.target is None and not self.fallback:
-            raise _at(("fallback",), "needs a target")
-        return self
-
-
-Word = Annotated[str, StringConstraints(min_length=2, max_length=MAX_WORD_CHARS, strip_whitespace=True)]
-
-
-class PrivacyRules(Written):
-    """What happens to a request in which the detector finds something, beyond what its own label says."""
-
-    personal: Annotated[Label, Field(description="personal data: sent, replaced before it is sent, or kept here")] = (
-        "redact"
-    )
-    secrets: Annotated[Label, Field(description="credentials: sent, replaced before they are sent, or kept here")] = (
-        "redact"
-    )
-    kinds: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
-    """Kinds looked for; all if not given."""
-    regions: Annotated[
-        tuple[str, ...],
-        Field(min_length=1, max_length=64, description="whose phone numbers are known without a country code"),
-    ] = REGIONS
-    words: Annotated[
-        tuple[Word, ...], Field(max_length=MAX_WORDS, description="words of your own that count as personal data")
-    ] = ()
-
-    @field_validator("kinds")
-    @classmethod
-    def _known_kinds(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return _known(names or (), KINDS, "kind") and names
-
-    @field_validator("regions")
-    @classmethod
-    def _known_regions(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return _known(names, SUPPORTED_REGIONS, "region")
-
-    @property
-    def off(self) -> bool:
-        return self.personal == self.secrets == "free"
-
-    @model_validator(mode="after")
-    def _searchable(self) -> Self:
-        """A dictionary that no detector can be made of must not come into force."""
-        try:
-            _ = self.words and self.detector
-        except ValueError as error:
-            raise _at(("words",), str(error)) from None
-        return self
-
-    @cached_property
-    def detector(self) -> Detector:
-        """Made at the first request that needs it, or with a policy that has words; some 50 ms."""
-        return Detector(regions=self.regions, only=self.kinds, words=self.words)
-
-
-def _known(names: tuple[str, ...], known: frozenset[str], what: str) -> tuple[str, ...]:
-    if unknown := [name for name in names if name not in known]:
-        close = difflib.get_close_matches(unknown[0][:80], known, n=1)
-        there = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known)[:40])}"
-        said = {"what": what, "name": shorten(unknown[0]), "there": there}
-        raise PydanticCustomError("unknown", "no {what} {name}; {there}", said)
-    return names
-
-
-class Goal(Written):
-    """What the learned difficulty is to achieve; exactly one of the two."""
-
-    cloud_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="at most this share of requests to the cloud"
-    )
-    quality: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="keep this part of what the cloud does better, with as few requests there as that takes"
-    )
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.cloud_share is None) == (self.quality is None):
-            raise PydanticCustomError("goal", "give either cloud_share or quality")
-        return self
-
-
-class SemanticRules(Written):
-    """Answers to questions that say the same in other words. Off unless it is written."""
-
-    threshold: Annotated[
-        float, Field(ge=0.5, le=1, description="least cosine of two questions' vectors; the guards decide in any case")
-    ] = 0.85
-
-
-class CacheRules(Written):
-    """Which answers are kept, to be served again to the same question. The README of the edge agent has the rest."""
-
-    enabled: bool = True
-    ttl_s: Annotated[float, Field(gt=0, le=31_536_000, description="no older answer is served")] = 86_400.0
-    sampled: Annotated[bool, Field(description="keep answers that chance had a part in, too")] = False
-    edge_only: Annotated[
-        bool, Field(description="keep answers to edge_only requests: in memory, and on disk where that is encrypted")
-    ] = True
-    shared: Annotated[bool, Field(description="keep answers to free requests in the shared Redis, if there is one")] = (
-        True
-    )
-    semantic: Annotated[
-        SemanticRules | None, Field(description="serve an answer to the same question in other words; none: never")
-    ] = None
-
-
-class Breaker(Written):
-    """When the cloud counts as down, and how soon it is tried again."""
-
-    consecutive_failures: Annotated[int, Field(ge=1, le=1000)] = 3
-    window: Annotated[int, Field(ge=1, le=1000, description="latest outcomes that failure_ratio looks at")] = 20
-    failure_ratio: Annotated[float, Field(gt=0, le=1, description="share of a full window that opens it")] = 0.5
-    cool_down_s: Annotated[float, Field(gt=0, le=3600, description="the first wait; doubled each time it fails")] = 2.0
-    max_cool_down_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-    probe_timeout_s: Annotated[float, Field(gt=0, le=3600, description="an unanswered probe is given up by then")] = (
-        30.0
-    )
-
-    @model_validator(mode="after")
-    def _growing(self) -> Self:
-        if self.max_cool_down_s < self.cool_down_s:
-            raise PydanticCustomError("order", "max_cool_down_s is less than cool_down_s")
-        return self
-
-
-_OVERRIDDEN: Final = ("mode", "fallback", "label", "goal", "cascade", "privacy", "default_class")
+_OVERRIDDEN: Final = ("mode", "fallback", "label", "goal", "weights", "cascade", "privacy", "default_class")
 
 
 Rules = Annotated[
@@ -225,6 +53,7 @@ class Override(Written):
     label: Label | None = None
     rules: Rules = ()
     goal: Goal | None = None
+    weights: Weights | None = None
     cascade: CascadeRules | None = None
     privacy: PrivacyRules | None = None
     budgets: Budgets | None = Field(None, description="those that differ")
@@ -233,6 +62,8 @@ class Override(Written):
     def over(self, base: "Policy", **others: Any) -> "Policy":
         """`base` with these changes and `others`; raises pydantic.ValidationError if they contradict each other."""
         given = {name: value for name in _OVERRIDDEN if (value := getattr(self, name))}
+        if self.goal or self.weights:  # what the request is chosen by instead
+            given = {"goal": None, "weights": None, **given}
         if self.budgets is not None:
             given["budgets"] = self.budgets.upon(base.budgets)
         mode, own = given.get("mode", base.mode), {rule.name for rule in self.rules}
@@ -258,6 +89,9 @@ class Policy(Written):
     label: Label = Field("free", description="what every request is labelled at least")
     rules: Rules = ()
     goal: Goal | None = Field(None, description="for requests that no rule decides: by their learned difficulty")
+    weights: Weights | None = Field(
+        None, description="for requests that no rule decides, instead of a goal: quality against time and money"
+    )
     cascade: CascadeRules | None = Field(
         None, description="for requests that no rule decides: the edge's answer if it is good enough, else the cloud's"
     )
@@ -334,7 +168,7 @@ class Policy(Written):
 
     @cached_property
     def asks_difficulty(self) -> bool:
-        return self.goal is not None or self.asks("difficulty")
+        return self.goal is not None or self.weights is not None or self.asks("difficulty")
 
     @cached_property
     def asks_bucket(self) -> bool:
@@ -356,17 +190,21 @@ class Policy(Written):
         last = len(self.rules)
         for number, rule in enumerate(self.rules):
             if first_with.setdefault(rule.name, number) != number:
-                raise _at(("rules", number, "name"), f"rules[{first_with[rule.name]}] has this name")
+                raise incoherent(("rules", number, "name"), f"rules[{first_with[rule.name]}] has this name")
             if not _permits(self.mode, rule):
-                raise _at(("rules", number, "target"), f"mode {self.mode} never sends a request there")
+                raise incoherent(("rules", number, "target"), f"mode {self.mode} never sends a request there")
             if number > last and rule.target is not None:
-                raise _at(("rules", number), f"never reached: rules[{last}] has no conditions")
+                raise incoherent(("rules", number), f"never reached: rules[{last}] has no conditions")
             last = min(last, number) if rule.unconditional else last
         if (aimless := _aimless(self)) is not None:
-            raise _at(("budgets",), aimless)
+            raise incoherent(("budgets",), aimless)
+        if self.weights is not None and self.goal is not None:
+            raise incoherent(("weights",), "give either goal or weights")
+        if self.weights is not None and self.weights.money and self.prices is None:
+            raise incoherent(("weights", "money"), "without prices nobody can tell what the cloud costs")
         for path, name in _named_classes(self):
             if name not in self.targets:
-                raise _at(path, f"no class {name}; there are {', '.join(self.targets)}")
+                raise incoherent(path, f"no class {name}; there are {', '.join(self.targets)}")
         for name, override in self.tenants.items():
             _refuse_contradiction(("tenants", name), override, self)
         if self.shadow is not None:
@@ -397,7 +235,7 @@ def _refuse_contradiction(path: Path, override: Override, base: Policy, **others
         override.over(base, **others)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise _at((*path, *first.get("ctx", {}).get("path", ())), first["msg"]) from None
+        raise incoherent((*path, *first.get("ctx", {}).get("path", ())), first["msg"]) from None
 
 
 def parse(source: str | bytes, *, name: str = "policy") -> Policy:
@@ -425,11 +263,6 @@ def _empty_lists(document: Document) -> list[Path]:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a policy file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Policy.model_json_schema(by_alias=True)
-
-
-def _at(path: Path, message: str) -> PydanticCustomError:
-    """A fault found by comparing several fields, placed at one of them."""
-    return PydanticCustomError("incoherent", "{message}", {"message": message, "path": path})
 
 
 def _problem(document: Document, detail: ErrorDetails) -> Problem:
@@ -460,6 +293,7 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         "breaker": Breaker,
         "privacy": PrivacyRules,
         "goal": Goal,
+        "weights": Weights,
         "cache": CacheRules,
         "cascade": CascadeRules,
         "agreed": AgreedCurve,

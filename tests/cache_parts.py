@@ -7,7 +7,7 @@ from edge_sides import LAST, ask
 
 from edge_agent.cache.base import Entry, Query, Scope
 from edge_agent.cache.key import key_of
-from router.policy import CacheRules
+from router.clauses import CacheRules
 from shared.schemas import ChatRequest, Delta, Label, Sampling
 
 SCOPE = Scope(tenant="local", label="free", target="edge", model="small", weights="abc", context_length=2048)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from cloud_engine.gateway.upstream import Upstream, UpstreamStats
+from router.clauses import Breaker
 from router.health import CloudHealth, Outcome
-from router.policy import Breaker
 from shared.config import InvalidSettings
 from shared.errors import CausewayError, Overloaded, RateLimited, Unreachable, UpstreamFailed
 from shared.schemas import ChatRequest, Delta, ModelCard

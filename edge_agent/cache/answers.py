@@ -20,7 +20,7 @@ from edge_agent.cache.control import Control
 from edge_agent.cache.flight import Flights, Generate
 from edge_agent.cache.key import key_of
 from edge_agent.cache.store import Found, Store
-from router.policy import CacheRules
+from router.clauses import CacheRules
 from shared.errors import NotCached
 from shared.schemas import Cached, ChatRequest, Delta, Route, ToolPiece
 

@@ -6,7 +6,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from router.policy import CacheRules
+from router.clauses import CacheRules
 from shared.schemas import ChatRequest, Delta, Label, Target
 
 MAX_ENTRY_BYTES: Final = 1 << 20

@@ -6,10 +6,11 @@ from typing import Final
 
 from router.assess import MARKS, TARGETS, Assessment, Point
 from router.calibrate import Bin
+from router.clauses import Goal
 from router.difficulty import Difficulty
 from router.money import spelled
 from router.observe import outlook
-from router.policy import Goal, Policy
+from router.policy import Policy
 from router.report.charts import Axis, Dot, Line, chart, linear
 from router.report.markup import Markup, tag
 from router.report.parts import NONE, count, figure, percent, points, ratio, section, table

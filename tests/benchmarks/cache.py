@@ -21,7 +21,7 @@ from edge_agent.cache.base import Entry, Query, Scope
 from edge_agent.cache.key import key_of
 from edge_agent.cache.memory import MemoryLayer
 from edge_agent.cache.store import Store
-from router.policy import CacheRules
+from router.clauses import CacheRules
 from shared.models import default_store, resolve
 from shared.schemas import ChatRequest, Delta, Message, Sampling, Usage
 from tests.benchmarks.ratios import show

@@ -12,7 +12,7 @@ import psutil
 
 from edge_agent.cache.guards import difference, read
 from edge_agent.embedder import Embedder
-from router.policy import SemanticRules
+from router.clauses import SemanticRules
 from shared.models import default_store
 
 PAIRS = Path(__file__).parents[1] / "edge_agent" / "cache" / "pairs"

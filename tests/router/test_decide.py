@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 import router.decide
 from router.classes import Class
+from router.clauses import PrivacyRules, Rule, Weights
 from router.conditions import Range, When
 from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
 from router.facts import FACTS
 from router.features import NO_CLOUD, VIRTUAL_MODELS, DeviceReading, LinkReading, RequestFeatures
 from router.money import Budgets, Prices, Tariff
-from router.policy import Policy, PrivacyRules, Rule
+from router.policy import Policy
 from router.predict import Prediction, Predictions
 from router.privacy.inspect import Privacy
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
@@ -43,6 +44,7 @@ def long(prompt_tokens: int, **fields) -> RequestFeatures:
 
 PRICES = Prices(cloud=Tariff(input_per_million=1.0, output_per_million=2.0, currency="EUR"))
 PREFER_EDGE = policy("prefer_edge")
+WEIGHED = Policy(mode="prefer_edge", weights=Weights(quality=1))
 PREFER_CLOUD = policy("prefer_cloud")
 ONLY_EDGE = policy("only_edge")
 ONLY_CLOUD = policy("only_cloud")
@@ -82,6 +84,7 @@ DECISIONS = {
     # the learned difficulty
     "hard by the goal": (replace(ASK, difficulty=0.61, difficult_from=0.44), PREFER_EDGE, IDLE, UP, "cloud", "edge", "goal", "goal: difficulty 0.61 >= 0.44"),
     "easy by the goal": (replace(ASK, difficulty=0.4, difficult_from=0.44), PREFER_CLOUD, IDLE, UP, "edge", None, "goal", "goal: difficulty 0.40 < 0.44"),
+    "worth it by the weights": (replace(ASK, difficulty=0.5), WEIGHED, IDLE, UP, "cloud", "edge", "weights", "weights: quality 0.5, time +0, money +0"),
     "difficulty without a goal": (replace(ASK, difficulty=0.9), PREFER_EDGE, IDLE, UP, "edge", None, "mode", "mode prefer_edge"),
     "rule on difficulty": (replace(ASK, difficulty=0.9), policy("prefer_edge", rule("cloud", difficulty=Range(**{">": 0.8}))), IDLE, UP, "cloud", "edge", "rule r", "rule r: difficulty 0.9 > 0.8"),
     # no cloud
@@ -218,9 +221,9 @@ def test_each_rule_of_the_tables_decides_somewhere():
     """The cases above reach every named rule of the three tables."""
     decided = {case[6] for case in DECISIONS.values()}
     named = {rule.__name__ for table in (BARS, *OUTAGES.values()) for rule in table} - {"firm_rule"}
-    assert len(PREFERENCES) == 5
+    assert len(PREFERENCES) == 6
     assert named <= decided
-    assert {"rule r", "roomier_context", "scenario", "goal", "mode"} <= decided
+    assert {"rule r", "roomier_context", "scenario", "goal", "weights", "mode"} <= decided
 
 
 def test_the_readme_names_every_rule_and_condition():

@@ -1,9 +1,10 @@
 import pytest
 
+from router.clauses import Rule
 from router.conditions import Range, When
 from router.facts import FACTS, Case
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
-from router.policy import Policy, Rule
+from router.policy import Policy
 
 REQUEST = RequestFeatures(
     prompt_tokens=1200, max_tokens=300, expected_output_tokens=200, turns=3, code=True, json=True, bucket=7.25

@@ -3,8 +3,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from router.clauses import Breaker
 from router.health import CloudHealth, Outcome
-from router.policy import Breaker
 from shared.errors import BadRequest, Cancelled, ContextTooLong, Overloaded, RequestConflict, Unauthorized, Unreachable
 
 BREAKER = Breaker(

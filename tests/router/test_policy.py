@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.clauses import Breaker, Rule
 from router.conditions import Range, When
-from router.policy import Breaker, InvalidPolicy, Policy, Rule, json_schema, parse
+from router.policy import InvalidPolicy, Policy, json_schema, parse
 
 RULE = "mode: prefer_edge\nrules:\n  - name: a\n    target: cloud\n    when:\n      "  # a condition lands on line 6
 

@@ -17,7 +17,7 @@ from cloud_engine.gateway.limits import TenantLimits
 from cloud_engine.gateway.pool import Pool
 from cloud_engine.gateway.server import Gateway
 from cloud_engine.gateway.upstream import Timeouts, Upstream
-from router.policy import Breaker
+from router.clauses import Breaker
 from shared.config import InvalidSettings
 from shared.errors import (
     BadRequest,

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from edge_agent.cache.redis import COOL_DOWN_S, FAILURES, PREFIX, RedisLayer
 from edge_agent.cache.rows import Rows, Seal
-from router.policy import CacheRules
+from router.clauses import CacheRules
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from edge_agent.cache.key import key_of
 from edge_agent.cache.memory import MemoryLayer
 from edge_agent.cache.semantic import DOUBT_S, PENDING, SemanticLayer
 from edge_agent.cache.store import Store
-from router.policy import CacheRules, SemanticRules
+from router.clauses import CacheRules, SemanticRules
 from shared.errors import UnknownModel
 from shared.guard import Guard
 from shared.schemas import ChatRequest, Grammar, Message, ModelCard, Tool

@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 from edge_agent.cache.base import Entry, Query
 from edge_agent.cache.memory import MemoryLayer
 from edge_agent.cache.store import CLOCK_SLACK_S, Store
-from router.policy import CacheRules
+from router.clauses import CacheRules
 
 
 class Slow(MemoryLayer):
