@@ -24,7 +24,7 @@ from shared.schemas import Delta
 STEP_S = 0.25
 BESIDE = 1.5
 """A long prompt makes those who decode at most about three times as slow, however fast the machine is."""
-UNNOTICED_S = 0.08
+UNNOTICED_S = 0.06
 """Tokens that come as fast as that are faster than anybody reads."""
 MIN_CHUNK = 32
 MIN_BESIDE = 8
@@ -126,6 +126,8 @@ class Batcher:
         self._releases = 0
         self._decode_s: dict[int, float] = {}
         """What a step takes in which so many requests decode and nothing else happens."""
+        self._beside_tokens_per_s: float | None = None
+        """Of prompts, in pieces beside requests that decode: slower than whole, and the slower the further in."""
 
     @property
     def running(self) -> int:
@@ -289,9 +291,9 @@ class Batcher:
         """Tokens of prompts in the next step: as many as take STEP_S, or, beside requests that decode, as many as take
         BESIDE times what their tokens do, or UNNOTICED_S: small pieces cost more, since each is a pass of its own."""
         room = len(self._runtime.tokens) - len(self._slots)
-        rate = self.prefill_tokens_per_s or 0
         if not decodes:
-            return min(room, max(MIN_CHUNK, int(rate * STEP_S)))
+            return min(room, max(MIN_CHUNK, int((self.prefill_tokens_per_s or 0) * STEP_S)))
+        rate = self._beside_tokens_per_s or self.prefill_tokens_per_s or 0
         known = max((count for count in self._decode_s if count <= decodes), default=None)
         seconds = STEP_S if known is None else min(STEP_S, max(UNNOTICED_S, BESIDE * self._decode_s[known]))
         return min(room, max(MIN_BESIDE, int(rate * seconds)))
@@ -367,8 +369,12 @@ class Batcher:
             self.tokens_per_s = smooth(self.tokens_per_s, sampled / took)
             if sampled == count:
                 self._decode_s[count] = smooth(self._decode_s.get(count), took)
-        elif decodes * 2 <= count:
-            prompts = count - decodes
-            if prompts >= MIN_CHUNK or self.prefill_tokens_per_s is None:  # fewer take as long as a few more
-                seconds = max(took - self._decode_s.get(decodes, 0.0), took / 4)
-                self.prefill_tokens_per_s = smooth(self.prefill_tokens_per_s, prompts / seconds)
+            return
+        prompts = count - decodes
+        if decodes in self._decode_s:
+            seconds = max(took - self._decode_s[decodes], took / 4)
+            self._beside_tokens_per_s = smooth(self._beside_tokens_per_s, prompts / seconds)
+        many = prompts >= MIN_CHUNK or self.prefill_tokens_per_s is None  # fewer take as long as a few more
+        if many and decodes * 2 <= count:
+            seconds = max(took - self._decode_s.get(decodes, 0.0), took / 4)
+            self.prefill_tokens_per_s = smooth(self.prefill_tokens_per_s, prompts / seconds)

@@ -251,7 +251,7 @@ def test_a_long_prompt_makes_others_at_most_three_times_as_slow(base: float, per
         longest = max(longest, now[0] - before)
 
     normal = base + 2 * per_row
-    assert normal + per_row < longest <= max(3 * normal, normal + UNNOTICED_S)
+    assert normal + per_row < longest <= max(3 * normal, normal + UNNOTICED_S) + 1e-9
 
 
 def test_a_beginning_is_taken_over_from_a_busy_slot() -> None:
