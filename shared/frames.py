@@ -87,6 +87,13 @@ class Hello(_Frame, frozen=True, forbid_unknown_fields=False):
     """Asks for the fleet's policies. A server that has none of them, or never heard of them, says nothing of it."""
 
 
+class _Greeting(_Frame, frozen=True, forbid_unknown_fields=False, tag="hello"):
+    """What a HELLO of any version begins with."""
+
+    vmin: Count
+    vmax: Count
+
+
 class Welcome(_Frame, frozen=True):
     version: Count
     epoch: Name
@@ -280,10 +287,20 @@ class Codec:
         try:
             frame: Frame = self._packed.decode(data) if self.binary else self._json.decode(data)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            if self._is_of_another_version(data):
+                raise UnsupportedVersion(f"only version {PROTOCOL_VERSION} is spoken here", param="version") from None
             raise BadFrame("malformed frame", param=_path(error) or "frame") from None
         if isinstance(frame, Hello) and not frame.vmin <= PROTOCOL_VERSION <= frame.vmax:
             raise UnsupportedVersion(f"only version {PROTOCOL_VERSION} is spoken here", param="version")
         return frame
+
+    def _is_of_another_version(self, data: bytes) -> bool:
+        """A HELLO that does not fit ours, because what follows its versions means something else in its own."""
+        try:
+            greeting = (_PACKED_GREETING if self.binary else _JSON_GREETING).decode(data)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return False
+        return not greeting.vmin <= PROTOCOL_VERSION <= greeting.vmax
 
 
 def output_bytes(text: str, tool_calls: tuple[ToolPiece, ...]) -> bytes:
@@ -293,6 +310,8 @@ def output_bytes(text: str, tool_calls: tuple[ToolPiece, ...]) -> bytes:
 
 _PACK = msgspec.msgpack.Encoder()
 _DUMP = msgspec.json.Encoder()
+_PACKED_GREETING = msgspec.msgpack.Decoder(_Greeting)
+_JSON_GREETING = msgspec.json.Decoder(_Greeting)
 _REQUEST = msgspec.msgpack.Decoder(ChatRequest)
 _AT = re.compile(r" - at `\$?\.?([^`]*)`")
 

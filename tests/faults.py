@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 class Proxy:
     """Passes bytes between its port and `target`. Its toxics may be changed at any time.
 
-    `cut_after` bytes from the server, or a call of `cut`, close both ends (`reset`: with RST); `black_hole` swallows
+    `cut_after` bytes from the server (and then after each of `cut_again` more), or a call of `cut`, close both ends
+    (`reset`: with RST); `black_hole` swallows
     everything and closes nothing; `delay` seconds hold back each chunk; `slice_to` bytes is the largest chunk that is
     passed on; `refuse` accepts and closes at once. `happened` counts what was done.
     """
@@ -20,6 +21,7 @@ class Proxy:
         self.target = target
         self.port = 0
         self.cut_after: int | None = None
+        self.cut_again: list[int] = []
         self.reset = False
         self.black_hole = False
         self.refuse = False
@@ -89,7 +91,7 @@ class Proxy:
                     await asyncio.sleep(self.delay)
                 if not up and self.cut_after is not None and self.down_bytes + len(chunk) > self.cut_after:
                     writer.write(chunk[: max(0, self.cut_after - self.down_bytes)])
-                    self.cut_after = None
+                    self.cut_after = self.down_bytes + self.cut_again.pop(0) if self.cut_again else None
                     self.cut()
                     return
                 self.down_bytes += 0 if up else len(chunk)
