@@ -55,6 +55,7 @@ class Detector:
         chosen = [kind for kind in known if kind.name in wanted]
         self._plain = Plain()
         self._kinds = (*chosen, Kind(name="word", pattern=_dictionary(words, self._plain))) if words else tuple(chosen)
+        self._listed = {kind.name: place for place, kind in reversed([*enumerate(self._kinds)])}
         options = re2.Options()
         options.log_errors = False
         options.max_mem = 64 << 20
@@ -78,18 +79,18 @@ class Detector:
         raw, suspected = self._look(form)
         if not suspected:
             return []
-        found: dict[Finding, None] = {}  # in order; several forms of a text show the same
+        found = set[Finding]()  # several forms of a text show the same
         try:
             for finding in self._all(form, raw, suspected, checked):
-                found[finding] = None
+                found.add(finding)
                 if len(found) > MAX_FINDINGS:
                     raise Undecided(f"more than {MAX_FINDINGS} findings")
         except TooMany:
             raise Undecided("more encoded passages than are looked into") from None
-        return apart(found, text)
+        return apart(sorted(found, key=lambda one: (self._listed[one.kind], one)), text)
 
     def _look(self, form: Form) -> tuple[bytes, Sequence[int]]:
-        """The form in UTF-8, and which of the kinds, or of ENCODED after them, it could hold."""
+        """The form in UTF-8, and which of the kinds, or of ENCODED after them, it could hold: in any order."""
         raw = form.text.encode("utf-8", "surrogatepass")
         return raw, self._any.Match(raw) or ()
 
@@ -141,7 +142,7 @@ def _length(raw: bytes) -> int:
 
 def apart(found: Iterable[Finding], text: str) -> list[Finding]:
     """Of findings that overlap, the secret before the other, then what cuts no escape in two (of `\\nbob@example.com`
-    the n is not bob's), then the longer, then the one whose kind is listed first."""
+    the n is not bob's), then the longer, then the one given first."""
     kept: list[Finding] = []
     for finding in sorted(found, key=lambda one: (not one.secret, _cuts(text, one), one.start - one.end)):
         place = bisect.bisect(kept, finding)
