@@ -23,8 +23,9 @@ from edge_agent.daemon import put_together
 from edge_agent.embedder import Embedder
 from edge_agent.instance import Held, hold
 from edge_agent.journal import Journal
-from edge_agent.models.library import Library, Rules
+from edge_agent.models.library import Library
 from edge_agent.models.memory import machine_memory
+from edge_agent.models.residents import Rules
 from edge_agent.policies.center import PolicyCenter
 from edge_agent.policies.fleet import FleetFollower
 from edge_agent.policies.history import History

@@ -8,7 +8,6 @@ No I/O, no clock.
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from shared.connection import Close, Connection, close_for
 from shared.errors import (
@@ -32,8 +31,6 @@ from shared.frames import (
     Data,
     End,
     Err,
-    Fleet,
-    FleetState,
     Frame,
     Goaway,
     Hello,
@@ -45,21 +42,11 @@ from shared.frames import (
     Welcome,
     encode_request,
 )
-from shared.offers import Receiving
+from shared.offers import Follower, Following
 from shared.schemas import ChatRequest, Delta, ModelCard
 from shared.streams import ClientRules, Stream, error_of
 
 MAX_CONTROL = 1024
-
-
-class Follower(Protocol):
-    """Who takes a fleet's policies at this edge. Both calls return at once."""
-
-    def state(self) -> FleetState:
-        """What the server is to know; it is told again whenever this has changed."""
-
-    def offered(self, version: int, signed: bytes, wake: Callable[[], None]) -> None:
-        """A policy has come, of which nothing is checked. `wake` is to be called when `state` has changed by it."""
 
 
 class ClientSession:
@@ -93,10 +80,7 @@ class ClientSession:
         self._by_sid: dict[int, Stream] = {}
         self._uploads: deque[Stream] = deque()
         self._follower = follower
-        self._told: FleetState | None = None
-        self._fleet_known = False
-        """Whether the server of this connection has a fleet: only then may it be told of changes."""
-        self._offer = Receiving()
+        self._fleet = Following(None)
 
     # --- the application ---
 
@@ -169,9 +153,8 @@ class ClientSession:
         self._wire = Connection(codec, now, MAX_CONTROL)
         self._connected_at = now
         self._highest = 0
-        self._told = None if self._follower is None else self._follower.state()
-        self._fleet_known, self._offer = False, Receiving()
-        self._wire.control(Hello(PROTOCOL_VERSION, PROTOCOL_VERSION, self._client, self._told), now)
+        self._fleet = Following(self._follower)
+        self._wire.control(Hello(PROTOCOL_VERSION, PROTOCOL_VERSION, self._client, self._fleet.told), now)
 
     def lost(self, now: float) -> None:
         """The connection ended, for whatever reason. Requests with output wait to be resumed, for a while."""
@@ -260,15 +243,7 @@ class ClientSession:
         elif isinstance(frame, Goaway):
             self.draining, self.reconnect_after = True, frame.reconnect_after
         elif isinstance(frame, Offer):
-            self._on_offer(frame)
-
-    def _on_offer(self, frame: Offer) -> None:
-        if self._follower is None:
-            raise BadFrame("a policy that nobody asked for", param="frame")
-        self._fleet_known = True
-        signed = self._offer.add(frame)
-        if signed is not None:
-            self._follower.offered(frame.version, signed, self._wake)
+            self._fleet.on_offer(frame, self._wake)
 
     def _on_stream_frame(self, frame: Data | End | Accept | Resumed, now: float) -> None:
         stream = self._stream(frame.sid)
@@ -346,7 +321,7 @@ class ClientSession:
         """The next message to send, or None: control frames, then acknowledgements, then request pieces in turn."""
         if self._wire is None:
             return None
-        frame = self._wire.pop_control() or self._next_ack(now) or self._next_state() or self._next_body()
+        frame = self._wire.pop_control() or self._next_ack(now) or self._fleet.next_state() or self._next_body()
         return None if frame is None else self._wire.codec.encode(frame)
 
     def _next_ack(self, now: float) -> Frame | None:
@@ -354,13 +329,6 @@ class ClientSession:
             if stream.ack_at is not None and stream.ack_at <= now:
                 return stream.ack_frame()
         return None
-
-    def _next_state(self) -> Frame | None:
-        """The fleet's server hears of each change, whoever made it, with what is sent next: a ping at the latest."""
-        if self._follower is None or not self._fleet_known or (state := self._follower.state()) == self._told:
-            return None
-        self._told = state
-        return Fleet(state)
 
     def _next_body(self) -> Frame | None:
         while self._uploads:
@@ -374,7 +342,11 @@ class ClientSession:
     # --- time ---
 
     def next_deadline(self) -> float | None:
-        times = [self._patience(stream) for stream in self._streams if not stream.sid or stream.given_up is not None]
+        times = [
+            stream.patience(self.limits.resume_ttl)
+            for stream in self._streams
+            if not stream.sid or stream.given_up is not None
+        ]
         if self._wire is not None:
             times.append(self._wire.heard_at + self._rules.silent_after)
             times.append(self._greeting_or_ping_at())
@@ -383,7 +355,7 @@ class ClientSession:
 
     def tick(self, now: float) -> None:
         for stream in list(self._streams):
-            if (not stream.sid or stream.given_up is not None) and now >= self._patience(stream):
+            if (not stream.sid or stream.given_up is not None) and now >= stream.patience(self.limits.resume_ttl):
                 self._lose_patience(stream, now)
         if self._wire is None or self._wire.closing is not None:
             return
@@ -400,15 +372,6 @@ class ClientSession:
         if self._welcomed:
             return self._pinged_at + self._rules.ping_every
         return self._connected_at + self._rules.welcome_within
-
-    def _patience(self, stream: Stream) -> float:
-        """Until when a stream without a connection waits for one."""
-        rules = self._rules
-        if stream.given_up is not None:
-            return stream.given_up + rules.cancel_within
-        if stream.received or stream.paused:
-            return stream.since + min(rules.resume_ttl, self.limits.resume_ttl)
-        return stream.since + (rules.reattach_within if stream.opened else rules.connect_within)
 
     def _lose_patience(self, stream: Stream, now: float) -> None:
         if stream.given_up is not None:

@@ -1,9 +1,10 @@
 """A signed policy on its way to an edge, in pieces. One at a time; what a lost connection cut off is begun anew."""
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from shared.errors import BadFrame
-from shared.frames import BODY_PIECE, MAX_OFFER, Offer
+from shared.frames import BODY_PIECE, MAX_OFFER, Fleet, FleetState, Offer
 
 NOTHING_NEW: Final = Offer(version=0, length=0, off=0, data=b"")
 
@@ -43,3 +44,40 @@ class Receiving:
         self._got += len(frame.data)
         self._kept += frame.data[: wanted - had]
         return bytes(self._kept) if had < wanted == len(self._kept) else None
+
+
+class Follower(Protocol):
+    """Who takes a fleet's policies at this edge. Both calls return at once."""
+
+    def state(self) -> FleetState:
+        """What the server is to know; it is told again whenever this has changed."""
+
+    def offered(self, version: int, signed: bytes, wake: Callable[[], None]) -> None:
+        """A policy has come, of which nothing is checked. `wake` is to be called when `state` has changed by it."""
+
+
+class Following:
+    """What the edge's end of one connection has to do with a fleet: nothing, without a follower."""
+
+    def __init__(self, follower: Follower | None) -> None:
+        self._follower = follower
+        self.told = None if follower is None else follower.state()
+        """What the server knows; first said in HELLO."""
+        self._answered = False
+        """Whether the server has a fleet: only then may it be told of changes."""
+        self._receiving = Receiving()
+
+    def on_offer(self, frame: Offer, wake: Callable[[], None]) -> None:
+        if self._follower is None:
+            raise BadFrame("a policy that nobody asked for", param="frame")
+        self._answered = True
+        signed = self._receiving.add(frame)
+        if signed is not None:
+            self._follower.offered(frame.version, signed, wake)
+
+    def next_state(self) -> Fleet | None:
+        """The server hears of each change, whoever made it, with what is sent next: a ping at the latest."""
+        if self._follower is None or not self._answered or (state := self._follower.state()) == self.told:
+            return None
+        self.told = state
+        return Fleet(state)

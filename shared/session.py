@@ -15,12 +15,9 @@ from dataclasses import dataclass
 from shared.connection import Close, Connection, close_for
 from shared.errors import (
     BadFrame,
-    BadRequest,
     Cancelled,
     CausewayError,
     DeadlineExceeded,
-    Overloaded,
-    PolicyDenied,
     RateLimited,
     SlowConsumer,
     Superseded,
@@ -51,13 +48,12 @@ from shared.frames import (
     Resume,
     Resumed,
     Welcome,
-    body_hash,
-    decode_request,
 )
 from shared.link import ClientSession
 from shared.offers import Sending
 from shared.registry import Registry
 from shared.schemas import ChatRequest
+from shared.uploads import Uploads
 
 __all__ = ["ClientSession", "Event", "Registry", "Reported", "ServerSession", "Start", "Stop"]
 
@@ -89,13 +85,6 @@ class Reported:
 Event = Start | Stop | Reported
 
 
-@dataclass(slots=True)
-class _Upload:
-    open: Open
-    until: float
-    body: bytearray
-
-
 class ServerSession:
     """The server's side of one connection of one tenant. `wake` is called when another task's doing gives it work."""
 
@@ -110,7 +99,7 @@ class ServerSession:
         self._wire = Connection(codec, now, registry.rules.max_control)
         self._streams: dict[int, Attachment] = {}
         self._turns: deque[int] = deque()
-        self._uploads: dict[int, _Upload] = {}
+        self._uploads = Uploads(registry.rules.max_uploads, registry.rules.body_within)
         self._highest = 0
         self._events: list[Event] = []
         self._follows = False
@@ -188,9 +177,9 @@ class ServerSession:
 
     def _on_reused(self, frame: Open | Resume) -> None:
         """A repeat of what opened the stream is harmless; a different request under its number is not."""
-        upload, stream = self._uploads.get(frame.sid), self._streams.get(frame.sid)
-        rid = upload.open.rid if upload else stream.execution.request_id if stream else frame.rid
-        if rid != frame.rid:
+        stream = self._streams.get(frame.sid)
+        known = stream.execution.request_id if stream else self._uploads.request_id(frame.sid)
+        if known not in (None, frame.rid):
             raise BadFrame("stream numbers must rise", param="sid")
 
     def _on_open(self, frame: Open, now: float) -> None:
@@ -202,33 +191,13 @@ class ServerSession:
         if known is not None:
             return self._accept(known, frame.sid, frame.window, now)
         self._registry.check_room(self._tenant)
-        if sum(upload.open.length for upload in self._uploads.values()) + frame.length > self._rules.max_uploads:
-            raise Overloaded("too many request bytes on their way on this connection", retry_after=1.0)
-        self._uploads[frame.sid] = _Upload(frame, now + self._rules.body_within, bytearray())
-        return None
+        return self._uploads.begin(frame, now)
 
     def _on_body(self, frame: Body, now: float) -> None:
-        upload = self._uploads.get(frame.sid)
-        if upload is None:  # refused, cancelled, or known already: the pieces were on their way
+        whole = self._uploads.add(frame)
+        if whole is None:
             return
-        have = len(upload.body)
-        if frame.off + len(frame.data) <= have:
-            return
-        if frame.off != have or have + len(frame.data) > upload.open.length:
-            raise BadFrame("request piece out of place", param="off")
-        upload.body += frame.data
-        if len(upload.body) == upload.open.length:
-            del self._uploads[frame.sid]
-            self._start(upload.open, bytes(upload.body), now)
-
-    def _start(self, opened: Open, body: bytes, now: float) -> None:
-        if body_hash(body) != opened.sha256:
-            raise BadRequest("the request does not match its hash", param="sha256")
-        request = decode_request(body)
-        if request.id != opened.rid:
-            raise BadRequest("the request's id is not the one it was opened with", param="id")
-        if request.label != "free":
-            raise PolicyDenied(f"a request labelled {request.label} must not be sent", param="label")
+        opened, request = whole
         execution = self._registry.find(self._tenant, opened.rid, opened.sha256)
         if execution is None:
             execution = self._registry.create(self._tenant, opened.rid, opened.sha256)
@@ -264,7 +233,7 @@ class ServerSession:
             self._registry.retire(execution, now)
 
     def _on_cancel(self, frame: Cancel, now: float) -> None:
-        if self._uploads.pop(frame.sid, None) is not None:
+        if self._uploads.drop(frame.sid):
             raise Cancelled("cancelled")
         stream = self._streams.get(frame.sid)
         if stream is not None and not stream.execution.ended:
@@ -290,7 +259,7 @@ class ServerSession:
 
     def _drop(self, sid: int, now: float) -> None:
         """Let go of a stream; its execution goes on and can be resumed."""
-        self._uploads.pop(sid, None)
+        self._uploads.drop(sid)
         stream = self._forget(sid)
         if stream is not None:
             self._registry.detach(stream, now)
@@ -348,7 +317,7 @@ class ServerSession:
         times = [wire.heard_at + rules.idle_after if self._greeted else self._made_at + rules.hello_within]
         if wire.stuck_since is not None:
             times.append(wire.stuck_since + rules.stuck_after)
-        times += [upload.until for upload in self._uploads.values()]
+        times += self._uploads.deadlines()
         for stream in self._streams.values():
             if stream.waiting_since is not None:
                 times.append(stream.waiting_since + rules.slow_after)
@@ -364,7 +333,7 @@ class ServerSession:
             self._refuse(DeadlineExceeded(f"nothing heard for {rules.idle_after:g} s"), now)
         elif wire.stuck_since is not None and now >= wire.stuck_since + rules.stuck_after:
             self._refuse(SlowConsumer("replies are not read"), now)
-        for sid in [sid for sid, upload in self._uploads.items() if now >= upload.until]:
+        for sid in self._uploads.late(now):
             self._end_stream(sid, DeadlineExceeded("the request did not arrive in time", param="body"), now)
         for sid, stream in list(self._streams.items()):
             if stream.waiting_since is not None and now >= stream.waiting_since + rules.slow_after:
@@ -400,6 +369,6 @@ class ServerSession:
 
     def lost(self, now: float) -> None:
         """The connection is gone. That cancels nothing: executions wait for their client to come back."""
-        for sid in [*self._streams, *self._uploads]:
+        for sid in [*self._streams, *self._uploads.sids()]:
             self._drop(sid, now)
         self._wire.close(Close(1006, "lost"))

@@ -117,6 +117,16 @@ class Stream:
         if self.sid:
             self.sid, self.since, self.ack_at = 0, now, None
 
+    def patience(self, server_keeps: float) -> float:
+        """Until when it waits for a connection, and for one to tell the server of a cancel. The server keeps its output
+        for so many seconds."""
+        rules = self._rules
+        if self.given_up is not None:
+            return self.given_up + rules.cancel_within
+        if self.received or self.paused:
+            return self.since + min(rules.resume_ttl, server_keeps)
+        return self.since + (rules.reattach_within if self.opened else rules.connect_within)
+
     def open_frame(self) -> Open:
         window = self._granted - self.received
         return Open(self.sid, self.request_id, self._sha256, len(self._body), window)

@@ -19,6 +19,7 @@ from shared.schemas import Answer, Delta, Route, TokenLogprob, TopLogprob
 from shared.telemetry import RequestFinished
 
 POLICY = "mode: prefer_edge\nfirst_token_timeout_s: 5\ncascade: {threshold: 0.6, min_tokens: 2}\n"
+AT_ONCE = POLICY.replace("threshold: 0.6", "threshold: 0.6, hold: none")
 HERE = "It is here. And more."
 
 

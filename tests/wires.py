@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from shared.executions import Execution, Rules
 from shared.frames import MSGPACK, Codec, Err
-from shared.link import Follower
+from shared.offers import Follower
 from shared.registry import Registry
 from shared.schemas import ChatRequest, Delta
 from shared.session import ClientSession, Reported, ServerSession, Start, Stop

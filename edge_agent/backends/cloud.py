@@ -34,7 +34,7 @@ from shared.errors import (
     Unreachable,
 )
 from shared.frames import MAX_FRAME, SUBPROTOCOLS, WIRE_PATH, Codec
-from shared.link import Follower
+from shared.offers import Follower
 from shared.schemas import ChatRequest, Delta
 from shared.serving import is_loopback
 from shared.session import ClientSession

@@ -12,20 +12,19 @@ the event loop.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from contextlib import aclosing, asynccontextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import structlog
 
 from edge_agent.backends.base import LoadableBackend, Loaded, LocalReading
 from edge_agent.errors import NotEnoughMemory
 from edge_agent.facts import facts_of
 from edge_agent.locks import held
-from edge_agent.models.memory import MOST_SLOTS, NOTHING, Memory, Need, need, slots_for
+from edge_agent.models.memory import Memory, Need, need, slots_for
+from edge_agent.models.residents import Resident, Rules, View, failed
 from edge_agent.models.shelf import Entry, Shelf
 from shared.errors import CausewayError, Overloaded, UnknownModel, UpstreamFailed
 from shared.models import verify
@@ -38,50 +37,6 @@ BUSY_RETRY_S: Final = 5.0
 
 Open = Callable[[Path, int], LoadableBackend]
 """A model's file, and how many slots it has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """`slots` (none: see `slots_for`), `context` and `prefix_bytes` are of each model; `queue` is how many may wait for
-    one to be loaded, `keep_s` how long it stays without work."""
-
-    slots: int | None = None
-    context: int | None = None
-    queue: int = 64
-    keep_s: float | None = 300.0
-    prefix_bytes: int = 0
-
-    @property
-    def most_slots(self) -> int:
-        return self.slots or MOST_SLOTS
-
-
-@dataclass(slots=True, eq=False)
-class _Resident:
-    """A model that is loaded or being loaded. `users` answer, or wait for the load to end."""
-
-    entry: Entry
-    keep_s: float | None
-    idle_since: float
-    ready: "asyncio.Task[LoadableBackend]" = field(init=False)
-    need: Need = NOTHING
-    slots: int = 0
-    users: int = 0
-    loaded_at: datetime | None = None
-    files: ExitStack = field(default_factory=ExitStack)
-
-    @property
-    def backend(self) -> LoadableBackend | None:
-        return self.ready.result() if self.ready.done() and not _failed(self.ready) else None
-
-    @property
-    def needs(self) -> Need:
-        """With what it has taken of it so far."""
-        return replace(self.need, taken=self.backend.taken()) if self.backend else self.need
-
-    @property
-    def idle(self) -> bool:
-        return self.ready.done() and not self.users
 
 
 class Library:
@@ -108,7 +63,7 @@ class Library:
         self._memory = memory
         self._clock = clock
         self._wall_clock = wall_clock
-        self._residents: dict[str, _Resident] = {}
+        self._residents: dict[str, Resident] = {}
         self._kept: dict[str, float | None] = {}
         self._moving = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -167,7 +122,7 @@ class Library:
     # --- loading and unloading ----------------------------------------------------------------------------------------
 
     def loaded(self) -> list[Loaded]:
-        return [self._described(self._residents[name]) for name in sorted(self._residents)]
+        return [self._residents[name].described(self._clock(), self._wall_clock()) for name in sorted(self._residents)]
 
     async def load(self, name: str) -> None:
         """See LocalModels."""
@@ -195,18 +150,18 @@ class Library:
 
     async def expire(self) -> None:
         """Unload what has been idle for long enough."""
-        if not any(self._is_due(resident) for resident in self._residents.values()):
+        if not any(resident.is_due(self._clock()) for resident in self._residents.values()):
             return
         async with self._moving:
-            for resident in [found for found in self._residents.values() if self._is_due(found)]:
-                if self._is_due(resident):
+            for resident in [found for found in self._residents.values() if found.is_due(self._clock())]:
+                if resident.is_due(self._clock()):
                     await self._unload(resident)
 
     async def watch(self) -> None:
         """Unload for ever what is due; ends only by being cancelled."""
         while True:
             self._changed.clear()
-            due = [at for found in self._residents.values() if found.idle and (at := self._due(found)) is not None]
+            due = [at for found in self._residents.values() if found.idle and (at := found.due) is not None]
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, min(due) - self._clock()) if due else None):
                     await self._changed.wait()
@@ -220,23 +175,23 @@ class Library:
             raise Overloaded(f"too many wait for {entry.name} to be loaded", source="edge", retry_after=BUSY_RETRY_S)
         resident.users += 1
         try:
-            yield await _until_ready(resident)
+            yield await resident.until_ready()
         finally:
             resident.users -= 1
             resident.idle_since = self._clock()
             self._changed.set()
 
-    def _begin(self, entry: Entry) -> _Resident:
+    def _begin(self, entry: Entry) -> Resident:
         if self._closed:
             raise Overloaded("the edge agent is stopping", source="edge", retry_after=1)
         keep_s = None if entry.name == self._shelf.default.name else self._rules.keep_s
-        resident = _Resident(entry, self._kept.pop(entry.name, keep_s), self._clock())
+        resident = Resident(entry, self._kept.pop(entry.name, keep_s), self._clock())
         self._residents[entry.name] = resident
         resident.ready = asyncio.create_task(self._load(resident))
-        resident.ready.add_done_callback(_failed)
+        resident.ready.add_done_callback(failed)
         return resident
 
-    async def _load(self, resident: _Resident) -> LoadableBackend:
+    async def _load(self, resident: Resident) -> LoadableBackend:
         name = resident.entry.name
         try:
             async with self._moving:
@@ -254,7 +209,7 @@ class Library:
         structlog.get_logger("causeway.library").info("loaded", model=name, seconds=round(self._clock() - began, 3))
         return backend
 
-    def _checked(self, resident: _Resident) -> Need:
+    def _checked(self, resident: Resident) -> Need:
         """Looked over, and hashed the first time, before native code sees it; locked, so that `rm` knows. Blocks."""
         entry = resident.entry = self._shelf.entry(resident.entry.name)  # as it is now: a pull may have come between
         try:
@@ -270,7 +225,7 @@ class Library:
         resident.slots = rules.slots or slots_for(facts, context, self._memory.total)
         return need(facts, found.st_size, slots=resident.slots, context=context, kept=rules.prefix_bytes)
 
-    async def _started(self, resident: _Resident) -> LoadableBackend:
+    async def _started(self, resident: Resident) -> LoadableBackend:
         backend = self._open(resident.entry.file, resident.slots)
         try:
             async with asyncio.timeout(LOAD_S):
@@ -282,7 +237,7 @@ class Library:
             raise
         return backend
 
-    async def _make_room(self, coming: _Resident) -> None:
+    async def _make_room(self, coming: Resident) -> None:
         """Evict what is idle, least recently used first, and only if that helps. Raises NotEnoughMemory, Overloaded."""
         wanted = coming.need.total
         while wanted > self._memory.room([other.needs for other in self._residents.values() if other is not coming]):
@@ -295,17 +250,17 @@ class Library:
                 if victim.idle:
                     await self._unload(victim)
 
-    def _room(self, others: list[_Resident], leaving: list[_Resident]) -> int:
+    def _room(self, others: list[Resident], leaving: list[Resident]) -> int:
         staying = [other.needs for other in others if other not in leaving]
         return self._memory.room(staying, [other.needs for other in leaving])
 
-    def _refusal(self, coming: _Resident, others: list[_Resident], room: int) -> CausewayError:
+    def _refusal(self, coming: Resident, others: list[Resident], room: int) -> CausewayError:
         why = f"{coming.entry.name} needs {coming.need.total / 1e9:.1f} GB, {max(0, room) / 1e9:.1f} GB can be had"
         if self._room(others, others) >= coming.need.total:
             return Overloaded(f"{why} while others answer", source="edge", retry_after=BUSY_RETRY_S)
         return NotEnoughMemory(f"{why}: fewer slots or a shorter context need less", param="model", source="edge")
 
-    async def _unload(self, resident: _Resident) -> None:
+    async def _unload(self, resident: Resident) -> None:
         """With `_moving` held. From here on a request for it begins a new load, which waits."""
         del self._residents[resident.entry.name]
         if (backend := resident.backend) is not None:
@@ -315,87 +270,6 @@ class Library:
         resident.files.close()
         structlog.get_logger("causeway.library").info("unloaded", model=resident.entry.name)
 
-    def _due(self, resident: _Resident) -> float | None:
-        return None if resident.keep_s is None else resident.idle_since + resident.keep_s
 
-    def _is_due(self, resident: _Resident) -> bool:
-        due = self._due(resident)
-        return resident.idle and due is not None and due <= self._clock()
-
-    def _described(self, resident: _Resident) -> Loaded:
-        backend, due = resident.backend, self._due(resident)
-        left = None if due is None or not resident.idle else timedelta(seconds=due - self._clock())
-        return Loaded(
-            name=resident.entry.name,
-            file=resident.entry.file,
-            state="loaded" if backend else "loading",
-            size=resident.need.total,
-            file_size=resident.need.file,
-            context_length=backend.model_card().context_length if backend else resident.entry.context_length,
-            running=resident.users,
-            processor="cpu",
-            loaded_at=resident.loaded_at,
-            expires_at=None if left is None else self._wall_clock() + left,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Absent:
-    """The reading of a model that is not in memory: the next request loads it."""
-
-    queue_depth: int
-    queue_capacity: int
-    slots: int
-    available: bool = True
-    running: int = 0
-    tokens_per_s: float | None = None
-    prefill_tokens_per_s: float | None = None
-    restarts: int = 0
-    quarantined: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A LocalView: one model as it is at this moment."""
-
-    _entry: Entry
-    _resident: _Resident | None
-    _rules: Rules
-
-    @property
-    def _backend(self) -> LoadableBackend | None:
-        return self._resident.backend if self._resident else None
-
-    def model_card(self) -> ModelCard:
-        if self._resident and self._backend:
-            return msgspec.structs.replace(self._backend.model_card(), digest=self._resident.entry.digest)
-        return ModelCard(id=self._entry.name, context_length=self._entry.context_length, digest=self._entry.digest)
-
-    def reading(self) -> LocalReading:
-        if self._backend:
-            return self._backend.reading()
-        return _Absent(self._resident.users if self._resident else 0, self._rules.queue, self._rules.most_slots)
-
-    async def count_tokens(self, request: ChatRequest) -> int:
-        """Raises Overloaded if it is not loaded."""
-        if self._backend is None:
-            raise Overloaded(f"{self._entry.name} is not loaded", source="edge", retry_after=1)
-        return await self._backend.count_tokens(request)
-
-
-async def _until_ready(resident: _Resident) -> LoadableBackend:
-    try:
-        return await asyncio.shield(resident.ready)
-    except asyncio.CancelledError:
-        if resident.ready.cancelled():
-            raise Overloaded("the edge agent is stopping", source="edge", retry_after=1) from None
-        raise
-
-
-def _failed(task: "asyncio.Task[LoadableBackend]") -> bool:
-    """Looking at the exception also tells the loop that somebody has: nobody need be waiting for a load."""
-    return task.cancelled() or task.exception() is not None
-
-
-def _last_used(resident: _Resident) -> float:
+def _last_used(resident: Resident) -> float:
     return resident.idle_since

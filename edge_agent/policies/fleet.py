@@ -48,7 +48,7 @@ class LoosensPrivacy(PolicyDenied):
 
 
 class FleetFollower:
-    """A `shared.link.Follower`. `watch` does the judging, beside the event loop where it takes long."""
+    """A `shared.offers.Follower`. `watch` does the judging, beside the event loop where it takes long."""
 
     def __init__(self, center: PolicyCenter, key: Ed25519PublicKey, *, edge: str, group: str = "") -> None:
         """Raises NoHistory: without one nobody could tell a new policy from an old one."""

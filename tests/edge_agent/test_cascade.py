@@ -5,8 +5,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from cascade_parts import HERE, POLICY, SURE, UNSURE, Edge, routes, said
+from cascade_parts import AT_ONCE, HERE, POLICY, SURE, UNSURE, Edge, routes, said
 from edge_apps import edge
 from edge_sides import LAST, THERE, ask, collect, text_of
 from fakes import ScriptedAnswer
@@ -252,10 +253,11 @@ async def test_both_answers_may_come_from_the_cache() -> None:
         assert routes(second)[0].cached.use == "hit"
 
 
-async def test_leaving_ends_both_sides() -> None:
+@pytest.mark.parametrize("policy", [POLICY, AT_ONCE], ids=["held back", "shown at once"])
+async def test_leaving_ends_both_sides(policy: str) -> None:
     """While the cloud has not begun, both are at work; closing the stream ends both."""
-    edge = Edge((*UNSURE[:-1], asyncio.Event()), (asyncio.Event(),), policy=POLICY)
-    reading = asyncio.create_task(collect(edge.agent, ask()))
+    edge = Edge((*UNSURE[:-1], asyncio.Event()), (asyncio.Event(),), policy=policy)
+    reading = asyncio.create_task(collect(edge.agent, msgspec.structs.replace(ask(), streamed=True)))
     await edge.there.begun.wait()
     assert (edge.here.running, edge.there.running) == (1, 1)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from cascade_parts import HERE, POLICY, SURE, UNSURE, Edge, routes, said
+from cascade_parts import AT_ONCE, HERE, SURE, UNSURE, Edge, routes, said
 from edge_apps import TOOL, edge
 from edge_sides import LAST, THERE, Local, ask, collect, text_of
 from fakes import ScriptedAnswer
@@ -21,7 +21,6 @@ from router.records import decoded, encode
 from shared.errors import BY_CODE, Unreachable, from_code
 from shared.schemas import ChatRequest, Delta, Grammar, Label, Route, Sampling, Tool, Usage
 
-AT_ONCE = POLICY.replace("threshold: 0.6", "threshold: 0.6, hold: none")
 BETWEEN = f"\n\n{MARK}\n\n"
 SWITCHED = f"It is {BETWEEN}from there"
 
@@ -266,20 +265,6 @@ async def test_it_is_counted_and_recorded() -> None:
         assert kept.judged is not None
         assert not kept.went_well
         assert decoded(encode(kept)) == kept
-
-
-async def test_leaving_ends_both_sides() -> None:
-    """While the cloud has not begun, below what was shown."""
-    edge = Edge((*UNSURE[:-1], asyncio.Event()), (asyncio.Event(),), policy=AT_ONCE)
-    reading = asyncio.create_task(collect(edge.agent, asked()))
-    await edge.there.begun.wait()
-    assert (edge.here.running, edge.there.running) == (1, 1)
-
-    reading.cancel()
-    await asyncio.gather(reading, return_exceptions=True)
-
-    assert (edge.here.running, edge.there.running) == (0, 0)
-    assert [event.outcome for event in edge.events] == ["cancelled"]
 
 
 STEP = st.one_of(

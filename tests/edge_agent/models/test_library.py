@@ -15,9 +15,10 @@ from model_origin import model_bytes
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.errors import ModelBusy, NotEnoughMemory
 from edge_agent.models.installed import remove
-from edge_agent.models.library import Library, Rules
+from edge_agent.models.library import Library
 from edge_agent.models.memory import OVERHEAD_BYTES, Memory, machine_memory
 from edge_agent.models.pull import pull
+from edge_agent.models.residents import Rules
 from shared.errors import CausewayError, Overloaded, UnknownModel, UpstreamFailed
 from shared.gguf import ModelInvalid
 from shared.models import stored_file

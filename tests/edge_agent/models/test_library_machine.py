@@ -19,9 +19,10 @@ from hypothesis.stateful import (
 )
 from model_origin import model_bytes
 
-from edge_agent.models.library import Library, Rules
+from edge_agent.models.library import Library
 from edge_agent.models.memory import OVERHEAD_BYTES, Memory
 from edge_agent.models.pull import pull
+from edge_agent.models.residents import Rules
 from shared.errors import CausewayError, Overloaded, UpstreamFailed
 from shared.models import stored_file
 from shared.schemas import ChatRequest, Delta
