@@ -15,6 +15,8 @@ from shared.schemas import Target, Usage
 from shared.telemetry import RequestFinished
 
 MAX_OPEN = 4096
+MAX_PACES = 64
+"""Of models of this device; the one that was learned first makes way."""
 LATEST = 256
 """Answers over which errors are reported."""
 
@@ -38,14 +40,15 @@ class Experience:
         self._keep = keep
         self.spending = spending or Spending()
         self._open: dict[str, Recorded] = {}
-        self._paces: dict[Target, Pace] = {"edge": Pace(), "cloud": Pace()}
+        self._paces: dict[tuple[Target, str], Pace] = {}
         self._errors: Mapping[Target, Errors] = {"edge": Errors(), "cloud": Errors()}
         self._waits: dict[str, deque[float]] = {}
         self.lost = 0
         """Decisions whose end nobody waited for: too many were open."""
 
-    def pace(self, target: Target) -> Pace:
-        return self._paces[target]
+    def pace(self, target: Target, model: str = "") -> Pace:
+        """Of one model of this device, or of the cloud, which needs no name."""
+        return self._paces.get((target, model), Pace())
 
     def decided(self, request_id: str, record: Recorded) -> None:
         if record.refused:
@@ -119,13 +122,17 @@ class Experience:
             errors.first_token_s.append(off.first_token_s)
         if off.total_s is not None:
             errors.total_s.append(off.total_s)
-        self._paces[target] = self._paces[target].after(
+        model = record.device.model if target == "edge" else ""
+        pace = self.pace(target, model).after(
             prompt_tokens=record.request.prompt_tokens,
             first_token_s=outcome.first_token_s,
             tokens=outcome.completion_tokens,
             total_s=outcome.total_s,
             together=record.device.running + 1 if target == "edge" else 1,
         )
+        if (target, model) not in self._paces and len(self._paces) >= MAX_PACES:
+            del self._paces[next(iter(self._paces))]
+        self._paces[target, model] = pace
 
 
 def _cost(record: Recorded, event: RequestFinished) -> float | None:

@@ -2,7 +2,8 @@
 
 GET  /admin/status   who answered, the device, the link, the policy in force
 POST /admin/reload   read the policy and the settings again, now; says which settings wait for a restart
-GET  /admin/models   the models in memory; POST /admin/models/NAME/load and /stop: have one there, or no more
+GET  /admin/models   the models in memory, and what a prompt would take in each and in the cloud
+POST /admin/models/NAME/load and /stop   have one there, or no more
 POST /admin/cache/clear   forget all answers, in every layer
 """
 
@@ -63,7 +64,7 @@ def add_admin(
         AdminRoute("GET", "/admin/status", "read", status),
         AdminRoute("POST", "/admin/reload", "activate", reload),
         AdminRoute("POST", "/admin/cache/clear", "activate", clear),
-        *model_routes(daemon.local),
+        *model_routes(daemon),
         *PolicyAdministration(daemon).routes(),
         *FigureAdministration(daemon).routes(),
     ]

@@ -1,6 +1,9 @@
 """The commands about models, from `pull` to `stop`. Heavy imports wait until they are needed."""
 
+import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -124,17 +127,38 @@ def remove(
     typer.echo(f"removed {name}")
 
 
-def ps(state_dir: StateDir = None) -> None:
-    """The models in the running daemon's memory: name, size, context, how long they stay."""
-    from edge_agent.running import table
+def ps(
+    tokens: Annotated[
+        str, typer.Option(metavar="IN/OUT", help="Predict for a prompt and an answer of so many tokens.")
+    ] = "",
+    prompt: Annotated[str, typer.Option(help="Predict for this prompt; nothing is run.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    state_dir: StateDir = None,
+) -> None:
+    """The models in the running daemon's memory: size, work, how long they stay, how fast they were; and what a prompt
+    would take in each of them and in the cloud, as the router predicts it (a dash: nothing was measured yet)."""
+    from edge_agent.ps import shown
 
-    typer.echo(table(_running(state_dir).loaded(), now=datetime.now(UTC)))
+    if tokens and prompt:
+        raise typer.BadParameter("give --tokens or --prompt", param_hint="--tokens")
+    asked, daemon = _lengths(tokens), _running(state_dir)
+    found = daemon.models(*(daemon.length(prompt) if prompt else asked))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(json.dumps(found, indent=2) if as_json else shown(found, now=datetime.now(UTC), width=width))
 
 
 def stop(name: Annotated[str, typer.Argument(help="As `ps` shows it.")], state_dir: StateDir = None) -> None:
     """Unload a model of the running daemon, after its last answer; its next request loads it again."""
     gone = _running(state_dir).stop(name)
     typer.echo(f"{name} is unloaded" if gone else f"{name} still answers, and is unloaded after that")
+
+
+def _lengths(tokens: str) -> tuple[int, ...]:
+    """Of `200/256`, or `200` alone; none of nothing."""
+    parts = tokens.split("/") if tokens else []
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < len(part) < 8 and int(part) for part in parts):
+        raise typer.BadParameter("must look like 200/256: tokens of a prompt, and of its answer", param_hint="--tokens")
+    return tuple(map(int, parts))
 
 
 def _running(state_dir: Path | None) -> "Running":

@@ -1,13 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from edge_sides import Turns, ask, collect, daemon_over, policy_file
 from fakes import ScriptedAnswer
 
-from edge_agent.experience import MAX_OPEN, Experience
+from edge_agent.experience import MAX_OPEN, MAX_PACES, Experience
 from router.classes import KNOWN
 from router.features import NO_CLOUD, DeviceReading, RequestFeatures
-from router.predict import Prediction, Predictions
+from router.predict import Pace, Prediction, Predictions
 from router.records import Recorded
 from shared.errors import UpstreamFailed
 from shared.schemas import Cached, Delta, Route, Target, Usage
@@ -79,9 +80,23 @@ def test_the_pace_of_who_answered_is_learned(target: Target) -> None:
     experience.decided("r", record(target))
     experience(finished(served=target))
 
-    assert experience.pace(target).token.at(1) == pytest.approx(0.05)
-    assert experience.pace(target).first_token.at(100) == pytest.approx(0.2)
-    assert experience.pace("cloud" if target == "edge" else "edge").token.at(1) is None
+    pace = experience.pace(target, "small" if target == "edge" else "")
+    assert pace.token.at(1) == pytest.approx(0.05)
+    assert pace.first_token.at(100) == pytest.approx(0.2)
+    assert experience.pace("cloud" if target == "edge" else "edge", "" if target == "edge" else "small") == Pace()
+
+
+def test_each_model_of_the_device_has_its_own_pace() -> None:
+    """What one took says nothing of another; more models than are kept make the first one forgotten."""
+    experience = Experience()
+    for number in range(MAX_PACES + 1):
+        device = DeviceReading(model=f"m{number}", context_length=100)
+        experience.decided("r", replace(record("edge"), device=device))
+        experience(finished(total_s=1.2 + number))
+
+    assert experience.pace("edge", "m1").token.at(1) == pytest.approx(0.1)
+    assert experience.pace("edge", "m2").token.at(1) == pytest.approx(0.15)
+    assert experience.pace("edge", "m0") == experience.pace("edge", "never asked") == Pace()
 
 
 @pytest.mark.parametrize(
@@ -102,8 +117,7 @@ def test_what_went_otherwise_teaches_nothing(event: RequestFinished) -> None:
     experience.decided("r", record())
     experience(event)
 
-    assert experience.pace("edge").token.at(1) is None
-    assert experience.pace("cloud").token.at(1) is None
+    assert experience.pace("edge", "small") == experience.pace("cloud") == Pace()
 
 
 def test_predictions_are_held_against_what_happened() -> None:
@@ -168,5 +182,5 @@ async def test_a_daemon_learns_from_its_answers(tmp_path: Path) -> None:
     assert after.edge.total_s is not None
     assert after.cloud.total_s is not None
     assert after.edge.total_s > 0.05 + 255 * 0.002
-    assert daemon.device.reading().token_s == pytest.approx(daemon.experience.pace("edge").token.at(1))
+    assert daemon.device.reading().token_s == pytest.approx(daemon.experience.pace("edge", "small").token.at(1))
     assert daemon.experience.accuracy()["edge"]["answers"] == 1

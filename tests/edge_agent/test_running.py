@@ -14,10 +14,12 @@ from serving import served
 from edge_agent.api.admin import add_admin
 from edge_agent.api.credentials import admin_token
 from edge_agent.api.openai import openai_app
+from edge_agent.api.plan import add_route_plan
 from edge_agent.backends.base import Loaded
+from edge_agent.caller import ANYONE
 from edge_agent.instance import hold
-from edge_agent.running import Running, table
-from shared.errors import UnknownModel, Unreachable
+from edge_agent.running import Running
+from shared.errors import BadRequest, UnknownModel, Unreachable
 from shared.guard import Guard
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -48,8 +50,9 @@ class Models(Local):
 async def models(tmp_path: Path) -> AsyncIterator[tuple[Models, Path]]:
     """A daemon that listens, and its state folder."""
     state, local = tmp_path / "state", Models()
-    daemon = daemon_over(local, None, policy_file(tmp_path, "mode: only_edge"))
+    daemon = daemon_over(local, None, policy_file(tmp_path, "mode: only_edge\nexpected_output_tokens: 77"))
     app = openai_app(daemon, keys=None, guard=Guard())
+    add_route_plan(app, lambda _: ANYONE, daemon.agent)
     add_admin(app, daemon, token=admin_token(state))
     with ExitStack() as stack:
         held = stack.enter_context(hold(state))
@@ -58,15 +61,32 @@ async def models(tmp_path: Path) -> AsyncIterator[tuple[Models, Path]]:
             yield local, state
 
 
-async def test_ps_shows_what_is_loaded(models: tuple[Models, Path]) -> None:
-    """A line each: name, size, context, who uses it, until when it stays."""
-    _, state = models
+async def test_the_models_are_told_with_what_a_prompt_would_take(models: tuple[Models, Path]) -> None:
+    """For the lengths that are given, else for a typical prompt and the answer that the policy expects."""
+    local, state = models
+    local.runtime.prefill_tokens_per_s, local.runtime.queue_depth = 100.0, 2
 
-    shown = table(await asyncio.to_thread(lambda: Running(state).loaded()), now=NOW).splitlines()
+    usual, given = await asyncio.to_thread(lambda: (Running(state).models(), Running(state).models(1200, 50)))
 
-    assert shown[0].split() == ["NAME", "SIZE", "PROCESSOR", "CONTEXT", "RUNNING", "UNTIL"]
-    assert shown[1].split() == ["a:1b", "300", "MB", "cpu", "2048", "0", "4", "min", "idle"]
-    assert shown[2].split() == ["default", "loading", "cpu", "2048", "3", "its", "last", "answer"]
+    assert [model["name"] for model in usual["loaded"]] == ["a:1b", "default"]
+    assert usual["asked"] == {"prompt_tokens": 200, "answer_tokens": 77}
+    assert given["asked"] == {"prompt_tokens": 1200, "answer_tokens": 50}
+    assert given["loaded"][0]["queued"] == 2
+    assert given["cloud"] is None
+
+
+async def test_the_length_of_a_prompt_is_the_routers(models: tuple[Models, Path]) -> None:
+    """Counted by the local tokenizer (5, says this one), the answer as the policy expects it; nothing is run."""
+    local, state = models
+
+    assert await asyncio.to_thread(lambda: Running(state).length("How high is it?")) == (5, 77)
+    assert local.counted == 1
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1 << 20 | 1, 10**12])
+async def test_a_length_that_is_none_is_refused_by_name(models: tuple[Models, Path], tokens: int) -> None:
+    with pytest.raises(BadRequest, match="prompt_tokens must be"):
+        await asyncio.to_thread(lambda: Running(models[1]).models(tokens, 1))
 
 
 async def test_stop_unloads_by_name(models: tuple[Models, Path]) -> None:
@@ -106,4 +126,4 @@ def test_a_daemon_that_does_not_answer_is_unreachable(tmp_path: Path) -> None:
     with hold(tmp_path) as held:
         held.say("http://127.0.0.1:1")
         with pytest.raises(Unreachable, match="does not answer"):
-            Running(tmp_path).loaded()
+            Running(tmp_path).models()
