@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install model demo serve stop test lint format bench clean
+.PHONY: help install model demo serve stop test fuzz lint format bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -43,6 +43,9 @@ stop:  ## stop what `make serve` started
 
 test: model  ## every test: units, properties, real model, real processes
 	@$(BIN)/python -m pytest
+
+fuzz: install  ## properties by new random seeds; TIMES=20 the examples, TESTS=tests/router only
+	@$(BIN)/python -m pytest -m hypothesis --deep $(or $(TIMES),10) $(TESTS)
 
 lint: install  ## style, types, import arrows
 	@$(BIN)/ruff check .

@@ -124,7 +124,7 @@ def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:
             check_bytes(tmp_path, whole[:size])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, len(gguf()) - 1), st.integers(0, 255)), max_size=8), st.binary(max_size=40))
 def test_no_bytes_break_the_check(tmp_path: Path, flips: list[tuple[int, int]], tail: bytes) -> None:
     """Bytes changed anywhere: it passes or it is ModelInvalid, and no other exception leaves the check."""

@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from typing import ClassVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -308,12 +309,12 @@ class Wire(RuleBasedStateMachine):
             self.world.wait(0.3)
 
 
+@pytest.mark.hypothesis
 def test_nothing_is_lost_doubled_or_reordered() -> None:
     """The machine above; and what it is to survive did happen."""
     Wire.seen.clear()
 
-    options = {"deadline": None, "derandomize": True, "database": None}
-    run_state_machine_as_test(Wire, settings=settings(max_examples=150, stateful_step_count=50, **options))
+    run_state_machine_as_test(Wire, settings=settings(max_examples=150, stateful_step_count=50))
 
     happened = {"End", "Resumed", "cut inside a message", "repeated", "restarted", "half-open", "slow_consumer"}
     happened |= {"unreachable", "unrecoverable after output"}

@@ -191,7 +191,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.integers(-40, 40).map(lambda value: value / 4), min_size=12, max_size=12),
     samplings,

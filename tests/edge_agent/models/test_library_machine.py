@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from edge_sides import HERE, LAST, Local
 from edge_sides import ask as request
 from fakes import EchoAnswer
@@ -223,6 +224,7 @@ async def task_of(future: "asyncio.Future[T]") -> T:
     return await future
 
 
+@pytest.mark.hypothesis
 def test_no_order_of_events_overruns_memory_or_cuts_an_answer_off(tmp_path: Path) -> None:
     """Requests at once, ends, departures, stops, crashes, models that cannot be loaded, and time, in any order."""
     for at, name in enumerate(NAMES):

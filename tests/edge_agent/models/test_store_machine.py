@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -91,6 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.stack.close()
 
 
+@pytest.mark.hypothesis
 def test_no_order_of_events_leaves_half_a_model(tmp_path: Path) -> None:
     """Pulls that break, servers that change, removals and lost power, in any order."""
     limits = settings(max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck))
