@@ -1,6 +1,7 @@
 """The arrows and the house rules a linter cannot see."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 DUMPING_GROUNDS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "core"}
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Dotted names a file imports anywhere, functions included."""
     found: set[str] = set()
@@ -22,6 +24,20 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+@functools.cache
+def reached_from(package: str) -> set[str]:
+    """Modules of `shared` that a package's files import, directly or through `shared`."""
+    seen: set[str] = set()
+    todo = [imports_of(path) for path in SOURCES if path.is_relative_to(ROOT / package)]
+    while todo:
+        for name in todo.pop():
+            file = ROOT / (name.replace(".", "/") + ".py")
+            if name.startswith("shared.") and name not in seen and file.exists():
+                seen.add(name)
+                todo.append(imports_of(file))
+    return seen
 
 
 def test_import_contracts_hold() -> None:
@@ -64,19 +80,6 @@ def test_packages_import_without_what_they_must_not_need(modules: str, blocked: 
 )
 def test_shared_holds_only_what_both_ends_need(module: str) -> None:
     """Admission rule: a module of `shared` is imported, directly or through `shared`, by the edge and by the cloud."""
-    graph = {path: imports_of(path) for path in SOURCES}
-
-    def reached_from(package: str) -> set[str]:
-        seen: set[str] = set()
-        todo = [names for path, names in graph.items() if path.is_relative_to(ROOT / package)]
-        while todo:
-            for name in todo.pop():
-                file = ROOT / (name.replace(".", "/") + ".py")
-                if name.startswith("shared.") and name not in seen and file.exists():
-                    seen.add(name)
-                    todo.append(graph[file])
-        return seen
-
     assert f"shared.{module}" in reached_from("edge_agent") & reached_from("cloud_engine")
 
 
