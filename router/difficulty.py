@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.heads import Heads, logistic
 from router.weights import Array, InvalidWeights, check_arrays, pack, part, shipped, unpack
@@ -36,13 +37,15 @@ class Encoder:
 
     def dense(self, wording: Wording) -> Floats:
         """Text measures, then the unit-length mean of the known words' vectors, then the share of words known."""
-        at = self.keys.searchsorted(wording.words)
+        words = np.sort(wording.words)  # neighbours are looked for near each other
+        at = self.keys.searchsorted(words)
         np.minimum(at, len(self.keys) - 1, out=at)
-        known = at[self.keys.take(at) == wording.words]
-        share = len(known) / max(len(wording.words), 1)
+        known = at[self.keys.take(at) == words]
+        share = len(known) / max(len(words), 1)
         if not len(known):
             return np.concatenate([wording.measures, np.zeros(len(self.scale)), [share]])
-        mean = np.add.reduce(self.vectors.take(known, axis=0), axis=0, dtype=np.int32) / len(known)
+        total = np.ones(len(known), np.float32) @ self.vectors.take(known, axis=0).astype(np.float32)  # exact
+        mean = np.divide(total, len(known), dtype=np.float64)
         mean *= self.scale
         mean -= self.centre
         mean /= math.sqrt(mean @ mean) + 1e-9
@@ -51,11 +54,13 @@ class Encoder:
     def sparse(self, wording: Wording) -> tuple[Array, Floats]:
         """Buckets, rising, and their unit-length weights: (1 + log count) * rarity."""
         last = len(self.rarity) - 1
-        buckets = (wording.grams & np.uint64(last)).astype(np.min_scalar_type(last))
+        buckets: NDArray[np.unsignedinteger[Any]] = wording.grams.astype(np.uint16 if last < 1 << 16 else np.uint64)
+        buckets &= last
         buckets.sort(kind="stable")  # of 16 bits: by digits, in linear time
-        edge = np.ones(len(buckets) + 1, bool)
+        edge = np.empty(len(buckets) + 1, bool)
+        edge[0] = edge[-1] = True
         np.not_equal(buckets[1:], buckets[:-1], out=edge[1:-1])
-        edges = np.flatnonzero(edge)
+        (edges,) = edge.nonzero()
         where = buckets[edges[:-1]].astype(np.intp)
         weight = np.log(edges[1:] - edges[:-1])
         weight += 1

@@ -28,7 +28,7 @@ def _leaf_of() -> NDArray[np.intp]:
 
 
 class Forest:
-    """feature, limit (G, T, 7) and leaf (G, T, 8): G groups of T trees. Immutable."""
+    """feature, limit (..., T, 7) and leaf (..., T, 8): groups of T trees, or one. Immutable."""
 
     def __init__(self, feature: Array, limit: Array, leaf: Array) -> None:
         self._groups = leaf.shape[:-1]
@@ -42,7 +42,7 @@ class Forest:
         self._leaf_of = _leaf_of()
 
     def sums(self, inputs: Floats) -> Floats:
-        """Of the leaves that `inputs` reaches, by group: (G,)."""
+        """Of the leaves that `inputs` reaches, by group."""
         answers = np.packbits(inputs.take(self._feature) > self._limit, bitorder="little")
         at = self._leaf_of.take(answers)
         at += self._first

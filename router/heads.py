@@ -58,9 +58,14 @@ class Panel:
         self._experts = len(heads.base)
         logits = np.hstack([heads.gate, heads.weak, heads.strong]).astype(np.float64)
         self._slopes, self._offsets = np.ascontiguousarray(logits[:-1]), logits[-1]
-        self._forest = Forest(heads.feature, heads.limit, heads.leaf)
-        self._gram = np.ascontiguousarray(heads.gram, np.float32)
         self._base, self._blend = heads.base.tolist(), heads.blend.tolist()
+        self._forests = [Forest(*trees) for trees in zip(heads.feature, heads.limit, heads.leaf, strict=True)]
+        counted = [expert for expert, (_, _, gram) in enumerate(self._blend) if gram]
+        self._column = {expert: column for column, expert in enumerate(counted)}
+        self._gram = np.zeros(
+            (len(heads.gram), 1 << max(len(counted) - 1, 0).bit_length()), np.float32
+        )  # such rows are fetched fast
+        self._gram[:, : len(counted)] = heads.gram[:, counted]
         self._middle = heads.middle.astype(np.float32)
         self._whiten = heads.whiten.astype(np.float32, copy=False)
         self._reach = (heads.reach * len(heads.mean)).tolist()
@@ -78,7 +83,6 @@ class Panel:
             share * self._familiarity(narrow, expert) if share > _HEARD else 0.0
             for expert, share in enumerate(_shares(logits[:experts]))
         ]
-        trees = self._forest.sums(dense).tolist()
         grams = (weight.astype(np.float32, copy=False) @ self._gram.take(where, axis=0)).tolist()
         gain = 0.0
         for expert, share in enumerate(shares):
@@ -86,11 +90,12 @@ class Panel:
                 continue
             linear, forest, gram = self._blend[expert]
             weak, strong = logits[experts + expert], logits[2 * experts + expert]
-            gain += share * (
-                linear * (logistic(strong) - logistic(weak))
-                + forest * trees[expert]
-                + gram * (grams[expert] + self._base[expert])
-            )
+            said = linear * (logistic(strong) - logistic(weak))
+            if forest:
+                said += forest * float(self._forests[expert].sums(dense))
+            if gram:
+                said += gram * (grams[self._column[expert]] + self._base[expert])
+            gain += share * said
         return shares, gain
 
     def _standard(self, dense: Floats) -> Floats:
