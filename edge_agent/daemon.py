@@ -72,7 +72,7 @@ def put_together(
     live = live or LiveSettings(EdgeSettings())
     registry, counts = CollectorRegistry(), RouteCounts()
     experience = Experience(journal.write if journal else None, spending)
-    device = Device(local, pace=lambda model: experience.pace("edge", model), metered=lambda: live.current.metered)
+    device = Device(local, pace=lambda model: experience.pace("edge", model), stated=lambda: live.current)
     listeners: tuple[Listener, ...] = (RequestMetrics(registry), RequestLog(), counts, policy, experience)
     offload = Offload(cloud, pace=lambda: experience.pace("cloud")) if cloud is not None else None
     agent = Agent(

@@ -15,6 +15,8 @@ import structlog
 
 from edge_agent.backends.base import LocalModels
 from edge_agent.network import online
+from edge_agent.power import HOUR_S, Draw, battery, counters, processors_w
+from edge_agent.settings import EdgeSettings
 from router.conditions import WEEKDAYS
 from router.features import DeviceReading
 from router.predict import Pace
@@ -41,20 +43,28 @@ class Machine:
     memory_available: int | None = None
     battery_percent: float | None = None
     on_battery: bool | None = None
+    battery_j: float | None = None
+    processors_w: float | None = None
+    machine_w: float | None = None
+    """What the whole machine draws from its battery."""
     temperature_c: float | None = None
     online: bool | None = None
 
 
 def sample() -> Machine:
     """Ask the operating system, which takes CPU_WINDOW_S and may take longer; a sensor that fails is left out."""
-    battery = _tried(psutil.sensors_battery) if hasattr(psutil, "sensors_battery") else None
-    memory, load = _tried(psutil.virtual_memory), _tried(_load)
+    charge = _tried(psutil.sensors_battery) if hasattr(psutil, "sensors_battery") else None
+    power, memory, before, began = _tried(battery), _tried(psutil.virtual_memory), _tried(counters), time.perf_counter()
+    load, after, seconds = _tried(_load), _tried(counters), time.perf_counter() - began
     return Machine(
         cpu_percent=load[0] if load else None,
         cpu_percent_others=load[1] if load else None,
         memory_available=memory.available if memory else None,
-        battery_percent=float(battery.percent) if battery else None,
-        on_battery=not battery.power_plugged if battery and battery.power_plugged is not None else None,
+        battery_percent=float(charge.percent) if charge else None,
+        on_battery=not charge.power_plugged if charge and charge.power_plugged is not None else None,
+        battery_j=power.left_j if power else None,
+        processors_w=processors_w(before, after, seconds) if before and after else None,
+        machine_w=power.draw_w if power else None,
         temperature_c=_tried(_temperature) if hasattr(psutil, "sensors_temperatures") else None,
         online=_tried(online),
     )
@@ -88,7 +98,7 @@ def _temperature() -> float | None:
 
 
 class Device:
-    """Puts the runtime's reading and the latest sample together."""
+    """Puts the runtime's reading and the latest sample together; what no sensor tells, the user may have stated."""
 
     def __init__(
         self,
@@ -96,20 +106,30 @@ class Device:
         *,
         sensors: Callable[[], Machine] = sample,
         pace: Callable[[str], Pace] = lambda _: Pace(),
-        metered: Callable[[], bool | None] = lambda: None,
+        stated: Callable[[], EdgeSettings] = EdgeSettings,
         local_time: Callable[[], time.struct_time] = time.localtime,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._pace = pace
-        self._metered = metered
+        self._stated = stated
         self._local = local
         self._sensors = sensors
         self._local_time = local_time
         self._clock = clock
         self.machine = Machine()
+        self.draw = Draw()
 
     async def refresh(self) -> None:
+        before = self._at_work()
         self.machine = await asyncio.to_thread(self._sensors)
+        self.draw = self.draw.after(
+            at_work=before if before == self._at_work() else None,
+            processors_w=self.machine.processors_w,
+            machine_w=self.machine.machine_w,
+        )
+
+    def _at_work(self) -> bool:
+        return any(model.running for model in self._local.loaded())
 
     async def watch(self, every: float = SAMPLE_S) -> None:
         """Sample for ever; ends only by being cancelled."""
@@ -120,7 +140,7 @@ class Device:
     def reading(self, model: str = "auto") -> DeviceReading:
         """As a request for this model would find it."""
         local = self._local.named(model)
-        card, runtime, now = local.model_card(), local.reading(), self._local_time()
+        card, runtime, now, stated = local.model_card(), local.reading(), self._local_time(), self._stated()
         return DeviceReading(
             model=card.id,
             context_length=card.context_length,
@@ -135,15 +155,25 @@ class Device:
             memory_available=self.machine.memory_available,
             battery_percent=self.machine.battery_percent,
             on_battery=self.machine.on_battery,
+            battery_j=self._battery_j(stated.battery_wh),
+            work_w=self.draw.added_w or stated.edge_watts,
+            radio_w=stated.radio_watts,
             cpu_percent=self.machine.cpu_percent,
             cpu_percent_others=self.machine.cpu_percent_others,
             temperature_c=self.machine.temperature_c,
             online=self.machine.online,
-            metered=self._metered(),
+            metered=stated.metered,
             at=self._clock(),
             weekday=WEEKDAYS[now.tm_wday],
             hour=now.tm_hour + now.tm_min / 60,
         )
+
+    def _battery_j(self, full_wh: float | None) -> float | None:
+        """What is left, by its own gauge, else by its percentage of what it was said to hold."""
+        machine = self.machine
+        if machine.battery_j is not None or full_wh is None or machine.battery_percent is None:
+            return machine.battery_j
+        return full_wh * HOUR_S * machine.battery_percent / 100
 
 
 def _tried(sensor: Callable[[], T]) -> T | None:

@@ -44,20 +44,22 @@ def _in_memory(loaded: Sequence[dict[str, Any]], now: datetime) -> list[Row]:
 
 
 def _speeds(found: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("NAME", "PROMPT", "WRITING", "FIRST TOKEN", "WHOLE ANSWER", "COST")]
+    rows: list[Row] = [("NAME", "PROMPT", "WRITING", "FIRST TOKEN", "WHOLE ANSWER", "BATTERY", "COST")]
     for model in found["loaded"]:
         rates = (_rate(model["prompt_tokens_per_s"]), _rate(model["answer_tokens_per_s"]))
         rows.append((model["name"], *rates, *_predicted(model["predicted"]), NOTHING))
     if (cloud := found["cloud"]) is not None:
         said, currency = cloud["predicted"], cloud["currency"]
         cost = NOTHING if said["cost"] is None else f"{spelled(said['cost'])} {currency}"
-        name = f"cloud{'' if cloud['connected'] else ', not connected'}"
+        name = f"cloud{'' if cloud['connected'] else ' (away)'}"
         rows.append((name, NOTHING, NOTHING, *_predicted(said), cost))
     return rows
 
 
 def _predicted(said: dict[str, Any]) -> Row:
-    return _seconds(said["first_token_s"]), _seconds(said["total_s"])
+    drain = said["battery_percent"]
+    battery = NOTHING if drain is None else f"{drain:.2g} %"
+    return _seconds(said["first_token_s"]), _seconds(said["total_s"]), battery
 
 
 def _table(rows: Sequence[Row], width: int | None) -> list[str]:

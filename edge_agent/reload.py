@@ -23,7 +23,7 @@ from shared.errors import CausewayError
 POLL_S = 2.0
 SETTLE_S = 0.1
 
-LIVE: Final = frozenset({"log_level", "metered"})
+LIVE: Final = frozenset({"log_level", "metered", "edge_watts", "radio_watts", "battery_wh"})
 """What takes effect without a restart; the policy's file is followed by `policy_file`."""
 
 

@@ -11,6 +11,7 @@ from shared.config import InvalidSettings, Settings
 from shared.frames import WIRE_PATH
 from shared.serving import Tls, check_bind, is_loopback
 
+Watts = Annotated[float, Field(gt=0, le=2000, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -40,6 +41,12 @@ class EdgeSettings(Settings):
     """Connect to no cloud, whatever else is set."""
     metered: bool | None = None
     """Whether this device's traffic costs, for rules that ask (`metered`); none: nobody has said."""
+    edge_watts: Watts | None = None
+    """What the local model's work adds to the device's draw, until that was measured; none: not known until then."""
+    radio_watts: Watts = 1.0
+    """What the radio draws while an answer is waited for and comes from the cloud: nothing measures that."""
+    battery_wh: Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)] | None = None
+    """What the battery holds when it is full, where the system tells only a percentage (all but Linux)."""
     policy: Path | None = None
     slots: Annotated[int, Field(ge=1, le=64)] | None = None
     """How many requests the local model answers at once; none: 8 to 16, as the machine has memory for their context."""

@@ -142,14 +142,18 @@ class Goal(Written):
 class Weights(Written):
     """What counts how much, in a unit of the administrator's choice. The cloud is asked where
 
-        quality * difficulty > second * (its time - the edge's) + money * its cost
+        quality * difficulty > second * (its time - the edge's) + money * its cost + battery * (its drain - the edge's)
 
-    by the predicted times of the whole answer, and the predicted cost in the currency of the prices.
+    by the predicted times of the whole answer, the predicted cost in the currency of the prices, and what either is
+    predicted to take of the charge that is left, in percent.
     """
 
     quality: Weight = Field(description="worth of an answer that is right where the edge's would be wrong")
     second: Weight = Field(0.0, description="worth of a second less until the whole answer is there")
     money: Weight = Field(0.0, description="worth of one unit of money not spent")
+    battery: Weight = Field(
+        0.0, description="worth of one percent of the charge that is left; nothing while plugged in or not known"
+    )
 
 
 class SemanticRules(Written):

@@ -144,6 +144,12 @@ class When(Written):
     edge_total_ms: Limits | None = _condition(description="predicted time of the whole answer at the edge")
     cloud_total_ms: Limits | None = _condition(description="predicted time of the whole answer from the cloud")
     cloud_cost: Limits | None = _condition(description="predicted cost of the answer from the cloud, by the prices")
+    edge_battery_percent: Limits | None = _condition(
+        description="predicted: what the answer takes of the charge that is left, made at the edge; 0 if plugged in"
+    )
+    cloud_battery_percent: Limits | None = _condition(
+        description="predicted: the same, for waiting until the cloud has made it"
+    )
     spent_today: Limits | None = _condition(description="what the cloud has cost today, by the prices")
     tenant_spent_today: Limits | None = _condition(description="of that, for the tenant who asks")
     key_spent_today: Limits | None = _condition(description="of that, with the key that was shown")

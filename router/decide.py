@@ -278,7 +278,7 @@ def goal(case: Case) -> Choice | None:
 
 
 def weights(case: Case) -> Choice | None:
-    """What the cloud would gain, against what it would take longer and cost. A prediction that counts and is not to be
+    """What the cloud would gain, against what it would take longer, cost and drain. A time that counts and is not to be
     had leaves the choice to others."""
     counts, difficulty, predicted = case.policy.weights, case.request.difficulty, case.predictions
     if counts is None or difficulty is None:
@@ -288,9 +288,17 @@ def weights(case: Case) -> Choice | None:
         return None
     time = counts.second * (there - here) if here is not None and there is not None else 0.0
     money = counts.money * (cost or 0.0)
+    drain = counts.battery * _further_drain(predicted)
     gain = counts.quality * difficulty
-    target: Target = "cloud" if gain > time + money else "edge"
-    return Choice(target, "weights", (f"weights: quality {gain:.3g}, time {0 - time:+.3g}, money {0 - money:+.3g}",))
+    target: Target = "cloud" if gain > time + money + drain else "edge"
+    said = f"weights: quality {gain:.3g}, time {0 - time:+.3g}, money {0 - money:+.3g}"
+    return Choice(target, "weights", (f"{said}, battery {0 - drain:+.3g}" if counts.battery else said,))
+
+
+def _further_drain(predicted: Predictions) -> float:
+    """What the cloud takes more of the charge than the edge, in percent; nothing unless both are known."""
+    here, there = predicted.edge.battery_percent, predicted.cloud.battery_percent
+    return 0.0 if here is None or there is None else there - here
 
 
 def standing_preference(case: Case) -> Choice:

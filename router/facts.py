@@ -136,6 +136,8 @@ FACTS: Final[Mapping[str, Callable[[Case], Fact]]] = {
     "edge_total_ms": lambda case: _ms(case.predictions.edge.total_s),
     "cloud_total_ms": lambda case: _ms(case.predictions.cloud.total_s),
     "cloud_cost": lambda case: case.predictions.cloud.cost,
+    "edge_battery_percent": lambda case: case.predictions.edge.battery_percent,
+    "cloud_battery_percent": lambda case: case.predictions.cloud.battery_percent,
     "spent_today": lambda case: case.request.spent.day if case.policy.price else None,
     "tenant_spent_today": lambda case: case.request.spent.tenant if case.policy.price else None,
     "key_spent_today": lambda case: case.request.spent.key if case.policy.price else None,

@@ -98,6 +98,12 @@ class DeviceReading:
     """Bytes that can be had without swapping."""
     battery_percent: float | None = None
     on_battery: bool | None = None
+    battery_j: float | None = None
+    """Joules that are left in the battery."""
+    work_w: float | None = None
+    """Watts that the local model's work adds to what the device draws, and the radio while an answer comes from the
+    cloud."""
+    radio_w: float | None = None
     cpu_percent: float | None = None
     """Load of the whole machine, this program's own work included; the next one leaves that out."""
     cpu_percent_others: float | None = None

@@ -7,6 +7,8 @@ and written, else unknown.
     cloud first token   a line over the prompts' lengths through what recent answers took, or their average
     total               first token, then each further token at the pace of recent answers (at the edge: of those that
                         ran beside as many others as would now)
+    battery             at the edge what the model's work draws, for as long as this one's takes, shared with those that
+                        run beside it; for the cloud what the radio draws until the answer is there
 """
 
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ class Prediction:
     """Until the last of the tokens expected of the answer."""
     cost: float | None = None
     """Of the prompt and that answer, where the policy has a price."""
+    battery_percent: float | None = None
+    """What the answer would take of the charge that is left; 0 where the device is plugged in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,24 +51,47 @@ def predict(
     request: RequestFeatures, device: DeviceReading, link: LinkReading, price: Price | None = None
 ) -> Predictions:
     """`price` is what the cloud takes."""
-    further = request.expected_output_tokens - 1
-    cost = None if price is None else price.of(request.prompt_tokens, request.expected_output_tokens)
-    return Predictions(
-        edge=_whole(_edge_first(request, device), further, device.token_s),
-        cloud=_whole(_cloud_first(request, link), further, link.token_s, cost),
+    return Predictions(edge=_edge(request, device), cloud=_cloud(request, device, link, price))
+
+
+def _edge(request: RequestFeatures, device: DeviceReading) -> Prediction:
+    if not device.prefill_tokens_per_s:
+        return Prediction()
+    prefill, wait = request.prompt_tokens / device.prefill_tokens_per_s, _wait(request, device)
+    work = None if device.token_s is None else prefill + (request.expected_output_tokens - 1) * device.token_s
+    beside = device.running if device.slots is None else min(device.running, device.slots - 1)
+    return Prediction(
+        first_token_s=None if wait is None else wait + prefill,
+        total_s=None if wait is None or work is None else wait + work,
+        battery_percent=_drained(device, device.work_w, None if work is None else work / (beside + 1)),
     )
 
 
-def _edge_first(request: RequestFeatures, device: DeviceReading) -> float | None:
-    if not device.prefill_tokens_per_s:
-        return None
-    prefill = request.prompt_tokens / device.prefill_tokens_per_s
+def _wait(request: RequestFeatures, device: DeviceReading) -> float | None:
     ahead = device.queue_depth + (device.slots is not None and device.running >= device.slots)
     if not ahead:
-        return prefill
-    if not device.tokens_per_s:
+        return 0.0
+    return ahead * request.expected_output_tokens / device.tokens_per_s if device.tokens_per_s else None
+
+
+def _cloud(request: RequestFeatures, device: DeviceReading, link: LinkReading, price: Price | None) -> Prediction:
+    first, tokens = _cloud_first(request, link), request.expected_output_tokens
+    total = None if first is None or link.token_s is None else first + (tokens - 1) * link.token_s
+    return Prediction(
+        first_token_s=first,
+        total_s=total,
+        cost=None if price is None else price.of(request.prompt_tokens, tokens),
+        battery_percent=_drained(device, device.radio_w, total),
+    )
+
+
+def _drained(device: DeviceReading, watts: float | None, seconds: float | None) -> float | None:
+    """In percent of the charge that is left."""
+    if not device.on_battery:
+        return None if device.on_battery is None else 0.0
+    if watts is None or seconds is None or not device.battery_j:
         return None
-    return ahead * request.expected_output_tokens / device.tokens_per_s + prefill
+    return 100 * watts * seconds / device.battery_j
 
 
 def _cloud_first(request: RequestFeatures, link: LinkReading) -> float | None:
@@ -72,11 +99,6 @@ def _cloud_first(request: RequestFeatures, link: LinkReading) -> float | None:
         return link.first_token_s
     seconds = link.first_token_base_s + request.prompt_tokens * link.prompt_token_s
     return max(seconds, link.round_trip_s or 0.0)
-
-
-def _whole(first: float | None, further: int, token_s: float | None, cost: float | None = None) -> Prediction:
-    total = None if first is None or token_s is None else first + further * token_s
-    return Prediction(first_token_s=first, total_s=total, cost=cost)
 
 
 @dataclass(frozen=True, slots=True)

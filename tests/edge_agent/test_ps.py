@@ -26,7 +26,7 @@ PRICES = "prices: {cloud: {input_per_million: 1000, output_per_million: 2000, cu
 
 def told(name: str = "a:1b", **changes: object) -> dict[str, Any]:
     """A model, as /admin/models tells of it."""
-    unknown = {"first_token_s": None, "total_s": None, "cost": None}
+    unknown = {"first_token_s": None, "total_s": None, "cost": None, "battery_percent": None}
     return {
         "name": name, "state": "loaded", "size": 300_000_000, "processor": "cpu", "context_length": 2048, "running": 3,
         "queued": 2, "prompt_tokens_per_s": None, "answer_tokens_per_s": None,
@@ -46,9 +46,9 @@ def lines(said: dict[str, Any], width: int | None = None) -> list[list[str]]:
 
 def test_what_was_measured_and_what_it_would_take() -> None:
     """Two tables under titles; the heading says for which prompt."""
-    there = {"first_token_s": 0.25, "total_s": 120.0, "cost": 0.0123}
+    there = {"first_token_s": 0.25, "total_s": 120.0, "cost": 0.0123, "battery_percent": 0.0}
     cloud = {"model": "large", "connected": True, "currency": "EUR", "predicted": there}
-    here = {"first_token_s": 1.78, "total_s": 13.6, "cost": None}
+    here = {"first_token_s": 1.78, "total_s": 13.6, "cost": None, "battery_percent": 0.0234}
     model = told(prompt_tokens_per_s=112.4, answer_tokens_per_s=25.2, predicted=here)
 
     assert lines(found(model, cloud=cloud)) == [
@@ -57,21 +57,21 @@ def test_what_was_measured_and_what_it_would_take() -> None:
         ["3200 MB of memory can still be had"],
         [""],
         ["Tokens/s as measured; predicted for a prompt of 200 tokens, an answer of 256:"],
-        ["NAME", "PROMPT", "WRITING", "FIRST TOKEN", "WHOLE ANSWER", "COST"],
-        ["a:1b", "112", "25", "1.8 s", "13.6 s", "-"],
-        ["cloud", "-", "-", "250 ms", "2 min", "0.0123 EUR"],
+        ["NAME", "PROMPT", "WRITING", "FIRST TOKEN", "WHOLE ANSWER", "BATTERY", "COST"],
+        ["a:1b", "112", "25", "1.8 s", "13.6 s", "0.023 %", "-"],
+        ["cloud", "-", "-", "250 ms", "2 min", "0 %", "0.0123 EUR"],
     ]
 
 
 def test_nothing_measured_is_a_dash() -> None:
     """No rate and no time is made up; a cloud that is away is said to be."""
-    unknown = {"first_token_s": None, "total_s": None, "cost": None}
+    unknown = {"first_token_s": None, "total_s": None, "cost": None, "battery_percent": None}
     cloud = {"model": None, "connected": False, "currency": None, "predicted": unknown}
     loading = told("b", state="loading", expires_at=None, running=0, queued=0)
     *_, before, last = lines(found(loading, cloud=cloud))
 
-    assert before == ["b", *["-"] * 5]
-    assert last == ["cloud, not connected", *["-"] * 5]
+    assert before == ["b", *["-"] * 6]
+    assert last == ["cloud (away)", *["-"] * 6]
     assert lines(found(loading))[1][1] == "loading"
 
 

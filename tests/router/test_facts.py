@@ -19,6 +19,9 @@ DEVICE = DeviceReading(
     prefill_tokens_per_s=400.0,
     battery_percent=55.5,
     on_battery=True,
+    battery_j=72_000.0,
+    work_w=15.0,
+    radio_w=1.0,
     cpu_percent=80.0,
     cpu_percent_others=20.0,
     memory_available=512_000_000,
@@ -76,6 +79,8 @@ def test_every_condition_has_its_fact():
         ("cloud_total_ms", 2390.0, None),
         ("cloud_failure_ratio", 0.25, None),
         ("cloud_cost", None, None),
+        ("edge_battery_percent", 100 * 15.0 * (3 + 199 * 0.02) / 5 / 72_000, None),
+        ("cloud_battery_percent", 100 * 1.0 * 2.39 / 72_000, None),
         ("spent_today", None, None),
         ("tenant_spent_today", None, None),
         ("key_spent_today", None, None),
@@ -86,7 +91,7 @@ def test_every_condition_has_its_fact():
 )
 def test_facts(name, value, unknown):
     """Each condition reads its own value, and None where nothing was measured."""
-    assert FACTS[name](case()) == value
+    assert FACTS[name](case()) == (pytest.approx(value) if type(value) is float else value)
     assert FACTS[name](case(device=BARE, link=NO_CLOUD)) == unknown
 
 

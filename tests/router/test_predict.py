@@ -51,6 +51,34 @@ def test_who_is_ahead_goes_first(changes: dict[str, object], first: float | None
     assert said.total_s == (None if first is None else pytest.approx(first + 2.0))
 
 
+UNPLUGGED = replace(DEVICE, on_battery=True, battery_j=40_000.0, work_w=10.0, radio_w=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "edge", "cloud"),
+    [
+        ({}, 100 * 10 * 4.0 / 2 / 40_000, 100 * 1.4 / 40_000),
+        ({"running": 0}, 100 * 10 * 4.0 / 40_000, 100 * 1.4 / 40_000),
+        ({"running": 4, "queue_depth": 2}, 100 * 10 * 4.0 / 4 / 40_000, 100 * 1.4 / 40_000),
+        ({"work_w": None}, None, 100 * 1.4 / 40_000),
+        ({"radio_w": None}, 100 * 10 * 4.0 / 2 / 40_000, None),
+        ({"token_s": None}, None, 100 * 1.4 / 40_000),
+        ({"battery_j": None}, None, None),
+        ({"battery_j": 0.0}, None, None),
+        ({"on_battery": None}, None, None),
+        ({"on_battery": False}, 0.0, 0.0),
+        ({"on_battery": False, "work_w": None, "battery_j": None}, 0.0, 0.0),
+    ],
+)
+def test_what_it_takes_of_the_charge(changes: dict[str, object], edge: float | None, cloud: float | None) -> None:
+    """The work's watts for the seconds of this answer's own work, shared with those beside it; the radio's until the
+    cloud is done. Plugged in it costs nothing, and what is not known is not said."""
+    said = predict(REQUEST, replace(UNPLUGGED, **changes), LINK)
+
+    assert said.edge.battery_percent == (edge if edge is None else pytest.approx(edge))
+    assert said.cloud.battery_percent == (cloud if cloud is None else pytest.approx(cloud))
+
+
 def test_nothing_measured_nothing_said() -> None:
     """A device and a link that have answered nothing yet; and no cloud at all."""
     bare = DeviceReading(model="small", context_length=4096)

@@ -46,6 +46,27 @@ def test_the_reason_says_what_counted() -> None:
     assert reason == "weights: quality 0.5, time +0.45, money -1.01"
 
 
+UNPLUGGED = replace(DEVICE, on_battery=True, battery_j=6000.0, work_w=10.0, radio_w=1.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "target", "said"),
+    [
+        (UNPLUGGED, "cloud", "weights: quality 0.05, time +0, money +0, battery +0.195"),
+        (replace(UNPLUGGED, radio_w=60.0), "edge", "weights: quality 0.05, time +0, money +0, battery -0.1"),
+        (replace(UNPLUGGED, on_battery=False), "cloud", "weights: quality 0.05, time +0, money +0, battery +0"),
+        (replace(UNPLUGGED, work_w=None), "cloud", "weights: quality 0.05, time +0, money +0, battery +0"),
+        (replace(UNPLUGGED, on_battery=None), "cloud", "weights: quality 0.05, time +0, money +0, battery +0"),
+    ],
+)
+def test_the_battery_counts_while_it_is_in_use(device: DeviceReading, target: str, said: str) -> None:
+    """Edge: 6 s at 10 W; cloud: 1.5 s at 1 W or 60 W; of 6,000 J. Plugged in, or with one side unknown: nothing."""
+    policy = parse("mode: prefer_edge\nweights: {quality: 0.1, battery: 0.2}")
+    decision = decide(ASKED, policy, device=device, link=LINK)
+
+    assert (decision.target, decision.reason) == (target, said)
+
+
 def test_what_is_not_known_decides_nothing() -> None:
     """Without the difficulty, or a time that counts, the mode is left; a time that does not count is not needed."""
     assert decided(POLICY.format(1, 0, 0), difficulty=None).rule == "mode"
