@@ -8,7 +8,7 @@ from typing import Final
 from router.classes import class_of
 from router.clauses import Goal
 from router.difficulty import Difficulty, Outlook, shipped_difficulty
-from router.document import read
+from router.document import Path, read
 from router.features import RequestFeatures, measure
 from router.money import NOTHING_SPENT, Spent
 from router.policy import InvalidPolicy, Policy, parse
@@ -56,20 +56,28 @@ def usable(source: str | bytes, *, name: str) -> Policy:
     """The policy written in `source`, as `parse` reads it. Raises InvalidPolicy, too, where it asks for a difficulty
     that cannot be measured here: nobody could keep its goal."""
     policy = parse(source, name=name)
-    asking = {
-        "goal": policy.goal is not None,
-        "weights": policy.weights is not None,
-        "rules": policy.asks("difficulty"),
-    }
-    others = (*map(policy.of, policy.tenants), *([policy.shadowing] if policy.shadowing else []))
-    asking["tenants" if policy.tenants else "shadow"] = any(other.asks_difficulty for other in others)
-    if field := next((field for field, asks in asking.items() if asks), None):
+    if (field := _asking(policy)) is not None:
         try:
             shipped_difficulty()
         except InvalidWeights as error:
-            problem = read(source, name=name).problem((field,), f"the difficulty cannot be measured: {error.message}")
-            raise InvalidPolicy(name, (problem,)) from None
+            what = f"needs the difficulty, which cannot be measured here: {error.message}; install Causeway again"
+            raise InvalidPolicy(name, (read(source, name=name).problem(field, what),)) from None
     return policy
+
+
+def _asking(policy: Policy) -> Path | None:
+    """Where it first asks for a difficulty."""
+    tenants = ((("tenants", name), override) for name, override in policy.tenants.items())
+    for path, part in (((), policy), *tenants, (("shadow",), policy.shadow)):
+        if part is None:
+            continue
+        for field in ("goal", "weights"):
+            if getattr(part, field) is not None:
+                return (*path, field)
+        for number, rule in enumerate(part.rules):
+            if "difficulty" in rule.when.asked:
+                return (*path, "rules", number, "when")
+    return None
 
 
 def bucket(request: ChatRequest) -> float:

@@ -31,7 +31,8 @@ from edge_agent.policies.center import NoHistory, PolicyCenter
 from edge_agent.policies.history import Version
 from router.defaults import default_source
 from router.document import MAX_BYTES
-from router.policy import InvalidPolicy, Policy, parse
+from router.observe import usable
+from router.policy import InvalidPolicy, Policy
 from router.records import Recorded, newest, read
 from router.replay import plain, replay, said
 from shared.administrators import Administrator
@@ -138,7 +139,7 @@ class PolicyAdministration:
         journal = self._journal()
 
         def compare() -> dict[str, Any]:
-            comparison = replay(read(journal, limit=asked.last), parse(asked.source, name="policy"))
+            comparison = replay(read(journal, limit=asked.last), usable(asked.source, name="policy"))
             return {**plain(comparison), "would": said(comparison)}
 
         try:
@@ -231,7 +232,7 @@ async def _body(request: Request, kind: type[T]) -> T:
 
 def _checked(source: str) -> tuple[Policy | None, list[dict[str, Any]]]:
     try:
-        return parse(source, name="policy"), []
+        return usable(source, name="policy"), []
     except InvalidPolicy as invalid:
         return None, [dataclasses.asdict(problem) for problem in invalid.problems]
 

@@ -100,9 +100,10 @@ class PolicyCenter:
         return self.history.propose(source.encode(), policy.fingerprint, who, why)
 
     def activate(self, number: int, who: str, why: str) -> Snapshot:
-        """Put a version in force, for everybody. Raises NotFound for a version that does not exist."""
+        """Put a version in force, for everybody. Raises NotFound for a version that does not exist, and InvalidPolicy
+        for one that cannot be kept here."""
         _check_why(why)
-        snapshot = self._snapshot(number)
+        snapshot = self._usable(number)
         self.history.act("activate", number, who, why)
         self._put_in_force(snapshot)
         return snapshot
@@ -110,7 +111,7 @@ class PolicyCenter:
     def try_out(self, number: int, percent: float, limits: Limits, who: str, why: str) -> None:
         """Let a version decide a share of the conversations; a canary that is there makes way for it."""
         _check_why(why)
-        snapshot = self._snapshot(number)
+        snapshot = self._usable(number)
         if number == self.current.version:
             raise RequestConflict(f"version {number} is in force already", param="version", source="edge")
         self.history.act("canary", number, who, why, percent)
@@ -207,6 +208,13 @@ class PolicyCenter:
         if canary is not None:
             self.history.act("end_canary", canary.version, who, why)
             structlog.get_logger("causeway.policy").warning("canary withdrawn", version=canary.version, why=why)
+
+    def _usable(self, number: int) -> Snapshot:
+        """What was proposed may have become impossible since."""
+        snapshot = self._snapshot(number)
+        if snapshot.source:
+            usable(snapshot.source, name=snapshot.name)
+        return snapshot
 
     def _snapshot(self, number: int) -> Snapshot:
         """Raises NotFound, or InvalidPolicy for a version that this release reads otherwise."""

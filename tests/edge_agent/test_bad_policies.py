@@ -7,6 +7,7 @@ from edge_sides import HERE, THERE, Turns, ask, collect, daemon_over
 
 import router.observe
 from edge_agent import policy_file as module
+from edge_agent.policies.canary import Limits
 from edge_agent.policies.center import PolicyCenter
 from edge_agent.policies.history import History
 from edge_agent.policies.signer import Signer
@@ -107,29 +108,44 @@ async def test_a_bad_policy_is_named_and_the_one_in_force_stays(tmp_path: Path, 
     history.close()
 
 
+ASKING = {
+    "goal: {cloud_share: 0.3}": "goal",
+    "weights: {quality: 1, second: 0.1}": "weights",
+    "rules: [{name: a, when: 'difficulty > 0.5', target: cloud}]": "rules[0].when",
+    "tenants: {lab: {goal: {quality: 0.9}}}": "tenants.lab.goal",
+    "shadow: {rules: [{name: a, when: {difficulty: {'<': 0.5}}, target: edge}]}": "shadow.rules[0].when",
+}
+
+
+@pytest.mark.parametrize("asking", ASKING)
 async def test_a_policy_that_asks_for_what_cannot_be_measured_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asking: str
 ) -> None:
-    """With damaged weights nobody knows a difficulty: a goal or a rule on it is refused by name, and the policy before
-    holds; what does not ask for it is taken as ever."""
+    """With damaged weights nobody knows a difficulty: who asks for it is refused by line and field, also where it was
+    proposed before, and the policy before holds; what does not ask for it is taken as ever."""
 
     def damaged() -> None:
-        raise InvalidWeights("not a readable weights file: BadZipFile", param="path")
+        raise InvalidWeights("difficulty.npz is no readable weights file (BadZipFile)", param="path")
 
-    file = tmp_path / "policy.yaml"
+    file, source = tmp_path / "policy.yaml", "mode: prefer_edge\n" + asking
     file.write_text(GOOD)
     history = History(tmp_path / "policies.db", Signer(b"k" * 32))
     center = PolicyCenter(file, history)
+    kept = center.propose(source, "ann", "try").number
     monkeypatch.setattr(router.observe, "shipped_difficulty", damaged)
-    for asking in ("goal: {cloud_share: 0.3}", "rules: [{name: a, when: 'difficulty > 0.5', target: cloud}]"):
-        file.write_text("mode: prefer_edge\n" + asking)
-        with pytest.raises(InvalidPolicy, match="difficulty cannot be measured: not a readable weights file") as caught:
-            await center.reload()
-        assert caught.value.field == asking.partition(":")[0]
-        assert caught.value.line == 2
-        with pytest.raises(InvalidPolicy, match="cannot be measured"):
-            center.propose(file.read_text(), "ann", "try")
-        assert center.policy.mode == "only_edge"
+    file.write_text(source)
+    with pytest.raises(InvalidPolicy, match=r"measured here: difficulty\.npz is no readable") as caught:
+        await center.reload()
+    assert (caught.value.line, caught.value.field) == (2, ASKING[asking])
+    for refused in (
+        lambda: center.propose(source, "ann", "try"),
+        lambda: center.activate(kept, "ann", "try"),
+        lambda: center.try_out(kept, 10, Limits(), "ann", "try"),
+    ):
+        with pytest.raises(InvalidPolicy) as caught:
+            refused()
+        assert (caught.value.line, caught.value.field) == (2, ASKING[asking])
+    assert center.policy.mode == "only_edge"
     file.write_text("mode: prefer_cloud\n")
     assert (await center.reload()).policy.mode == "prefer_cloud"
     history.close()

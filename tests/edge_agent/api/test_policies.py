@@ -5,12 +5,17 @@ import threading
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from administration import CLOUD, administration
+from typer.testing import CliRunner
 
 from edge_agent.api import policies as module
+from router import difficulty
+from router.__main__ import app as commands
 from router.policy import parse
 from router.replay import replay
+from router.weights import shipped
 
 WRONG = "mode: prefer_cloud\nrules:\n  - {name: a, when: {cod: true}, target: edge}\n"
 
@@ -28,6 +33,40 @@ async def test_check_names_each_mistake_by_line_and_keeps_nothing(tmp_path: Path
     assert right["summary"].startswith("mode prefer_cloud, 0 rules")
     assert "+mode: prefer_cloud" in right["diff"].splitlines()
     assert (overview["versions"], overview["current"]["name"]) == ([], "default")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "of another version"])
+async def test_check_refuses_what_propose_would_and_so_does_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Where the difficulty's weights cannot be read, a goal is refused by all three, with the same line, field and
+    words, and so is its replay."""
+    weights, policy = tmp_path / "difficulty.npz", "mode: prefer_edge\n\ngoal: {cloud_share: 0.3}\n"
+    if damage == "cut short":
+        weights.write_bytes(shipped("difficulty.npz").read_bytes()[:5000])
+    else:
+        np.savez(weights, about=np.array('{"version": 99}'))
+    (tmp_path / "policy.yaml").write_text(policy)
+    monkeypatch.setattr(difficulty, "shipped", lambda _: weights)
+    difficulty._shipped.cache_clear()
+    try:
+        async with administration(tmp_path) as edge:
+            checked = await edge.post("/admin/policy/check", source=policy)
+            proposed = await edge.admin.post("/admin/policy/propose", json={"source": policy, "why": "x"})
+            replayed = await edge.admin.post("/admin/policy/replay", json={"source": policy})
+        told = CliRunner().invoke(commands, ["check", str(tmp_path / "policy.yaml")])
+    finally:
+        difficulty._shipped.cache_clear()
+
+    (problem,) = checked["problems"]
+    assert (checked["valid"], problem["line"], problem["field"]) == (False, 3, "goal")
+    assert "difficulty.npz is " in problem["message"]
+    for refused in (proposed, replayed):
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_policy", "goal")
+        assert error["message"] == f"policy:3: goal: {problem['message']}"
+    assert f"policy.yaml:3: goal: {problem['message']}" in told.stderr
 
 
 async def test_a_policy_from_proposal_to_rollback(tmp_path: Path) -> None:
