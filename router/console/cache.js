@@ -20,7 +20,7 @@ function uses({ requests, in_flight: inFlight }) {
   if (!total) return empty("No request has come by a cache yet.");
   const rows = Object.entries(requests).map(([use, count]) =>
     [use, USES[use] ?? "", meter([use === "hit" || use === "shared" ? "edge" : "random", count / total]), number(count), percent(count / total, 1)]);
-  return table(["use", ":words", "", "requests:number", "share:number"], rows, { caption: `Requests, ${number(inFlight)} under way` });
+  return table(["use:head", ":words", ":meters", "requests:number", "share:number"], rows, { caption: `Requests, ${number(inFlight)} under way` });
 }
 
 function layer([name, counts]) {
@@ -44,5 +44,5 @@ function wrong({ hits, suspected, false_hit_rate: rate, refused }) {
   return h("div", { class: "stack" },
     h("p", { class: rate > 0.02 ? "bad" : "faint" }, hits ? `${number(suspected)} of ${number(hits)} answers were asked anew at once: ${percent(rate, 1)} suspected false hits.` : "No answer by meaning yet, so none was wrong."),
     hits ? meter(["bad", rate]) : null,
-    guards.length ? table(["kept apart by", "", "times:number"], guards.map(([guard, count]) => [guard.replaceAll("_", " "), meter(["cloud", count / most]), number(count)]), { caption: "What looked alike and was not" }) : null);
+    guards.length ? table(["kept apart by:head", ":meters", "times:number"], guards.map(([guard, count]) => [guard.replaceAll("_", " "), meter(["cloud", count / most]), number(count)]), { caption: "What looked alike and was not" }) : null);
 }

@@ -20,7 +20,7 @@ export function linear(label, low, high, said = percent) {
 export function named(label, names) {
   const last = names.length - 1;
   const shown = [...new Set([0, Math.floor(last / 2), last])];
-  return { label, ticks: shown.map((at) => [at, names[at]]), place: (at) => at / Math.max(last, 1) };
+  return { label, ticks: shown.map((at) => [at, names[at]]), place: (at) => (at + 0.5) / names.length };
 }
 
 // Lines are {kind, points}, dots {kind, at, r}; a point is [x, y], a kind its classes in the style sheet.

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { chip, clock, empty, h, money, ms, number, row, table } from "./dom.js";
 
 const KEPT = 500;
-const COLUMNS = ["time", "target", "why:reason", "model:words", "prompt:number", "answer:number", "first token:number", "whole:number", "cost:number", "ended:detail", "shadow:detail", "policy:detail"];
+const COLUMNS = ["time", "target", "why:reason", "model:words", "prompt:number", "answer:number", "first token:number", "whole:number", "cost:number", "ended:detail"];
 
 export async function decisions(page, { every }) {
   let last = 0;
@@ -12,7 +12,7 @@ export async function decisions(page, { every }) {
   const filter = h("input", { type: "search", class: "grow", placeholder: "Filter: a reason, a model, a tenant, edge, cloud …", "aria-label": "Filter", oninput: show });
   const held = h("input", { type: "checkbox" });
   const count = h("span", { class: "faint", role: "status" });
-  const body = table(COLUMNS, [], { list: true });
+  const body = table(COLUMNS, []);
   const nothing = empty("Nothing yet. Decisions appear here when their requests have ended.");
   page.append(h("div", { class: "row" }, filter, h("label", {}, held, " Hold"), count), nothing, body);
 
@@ -44,17 +44,15 @@ function shown(one) {
     clock(one.at),
     [chip(target), served],
     [one.reason || one.refused, more(one)],
-    one.model,
+    h("span", { class: "cut", title: one.model }, one.model),
     number(one.prompt_tokens),
     number(one.completion_tokens),
     ms(one.first_token_s),
     ms(one.total_s),
     money(one.cost, one.currency),
     one.refused || one.ending,
-    one.shadow ?? "–",
-    h("code", {}, one.policy),
   ]);
-  return { text: `${target} ${one.reason} ${one.model} ${one.refused || one.ending} ${one.tenant} ${one.label} ${one.cache}`.toLowerCase(), element };
+  return { text: `${target} ${one.reason} ${one.model} ${one.refused || one.ending} ${one.tenant} ${one.label} ${one.cache} ${one.policy}`.toLowerCase(), element };
 }
 
 function more(one) {
@@ -65,6 +63,8 @@ function more(one) {
     one.difficulty == null || one.reason.includes("difficulty") ? null : `difficulty ${one.difficulty.toFixed(2)}`,
     one.judged,
     ["hit", "shared"].includes(one.cache) ? `cache ${one.cache}` : null,
+    one.shadow && one.shadow !== (one.target || one.refused) ? `shadow: ${one.shadow}` : null,
+    `policy ${one.policy}`,
   ].filter(Boolean);
-  return said.length ? h("small", { class: "faint" }, said.join(" · ")) : null;
+  return h("small", { class: "faint" }, said.join(" · "));
 }

@@ -40,17 +40,18 @@ export function card(title, state, rows, ...rest) {
   return h("section", { class: "card" }, heading, facts(rows), ...rest);
 }
 
-// A column is its name, or "name:kind"; kinds are number, date, reason, words, detail and acts. A row is an element or its cells.
-export function table(columns, rows, { caption, list = false } = {}) {
+// A column is its name, or "name:kind"; kinds are head, number, date, reason, words, detail, meters and acts. A row is an element
+// or its cells; where the screen is narrow it becomes a block that begins with its head.
+export function table(columns, rows, { caption, even = false } = {}) {
   const head = h("tr", {}, columns.map((column) => h("th", { scope: "col", class: kind(column) }, name(column))));
   const body = rows.map((one) => (Array.isArray(one) ? row(columns, one) : one));
-  const whole = h("table", { class: list ? "list" : null }, caption ? h("caption", {}, caption) : null, h("thead", {}, head), h("tbody", {}, body));
+  const whole = h("table", { class: even ? "even" : null }, caption ? h("caption", {}, caption) : null, h("thead", {}, head), h("tbody", {}, body));
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption ?? "table" }, whole);
 }
 
 export function row(columns, cells) {
   return h("tr", {}, cells.map((cell, at) => {
-    const label = kind(columns[at]) === "number" || kind(columns[at]) === "detail" ? name(columns[at]) : null;
+    const label = ["number", "detail"].includes(kind(columns[at])) ? name(columns[at]) : null;
     return h("td", { class: kind(columns[at]), "data-label": label, "data-empty": cell == null || cell === "–" || cell === "" }, cell);
   }));
 }
@@ -60,4 +61,7 @@ const kind = (column) => column.split(":")[1] ?? null;
 
 export const empty = (text) => h("p", { class: "empty" }, text);
 
-export const bytes = (size) => (size == null ? "–" : size < 1e6 ? `${Math.round(size / 1000)} kB` : `${(size / 1e6).toFixed(1)} MB`);
+export function bytes(size) {
+  if (size == null) return "–";
+  return size < 1e6 ? `${Math.round(size / 1e3)} kB` : size < 1e9 ? `${(size / 1e6).toFixed(1)} MB` : `${(size / 1e9).toFixed(1)} GB`;
+}

@@ -84,7 +84,7 @@ function quality(measured, threshold) {
     const at = Math.max(thresholds.filter((one) => one >= threshold).length - 1, 0);
     return [figures.name, percent(at / (thresholds.length - 1)), percent(figures.edge, 1), percent(quality[at], 1), percent(figures.cloud, 1)];
   });
-  return table(["table:words", "to the cloud:number", "edge alone:number", "with this goal:number", "cloud alone:number"], rows, { caption: "Right answers, as measured on questions not seen" });
+  return table(["table:head", "to the cloud:number", "edge alone:number", "with this goal:number", "cloud alone:number"], rows, { caption: "Right answers, as measured on questions not seen" });
 }
 
 function reliability({ figures, bins, error }) {

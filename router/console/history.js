@@ -17,6 +17,10 @@ export async function history(page, { run }) {
   page.append(chain, h("h2", {}, "Versions"), versions, shown, h("h2", {}, "Acts"), acts);
   await load();
 
+  function attempt(work) {
+    return run(work, (message) => shown.replaceChildren(h("p", { class: "bad", role: "alert" }, message)));
+  }
+
   async function load(overview) {
     const found = overview ?? (await get("/admin/policy"));
     chain.textContent = found.unavailable ?? (found.broken_at ? `The record was changed at act ${found.broken_at}.` : "The record is whole: every act is signed and follows the one before.");
@@ -27,11 +31,11 @@ export async function history(page, { run }) {
 
   function version(one, current) {
     const buttons = [
-      h("button", { class: "quiet", onclick: () => run(() => compare(one.number)) }, "Compare"),
+      h("button", { class: "quiet", onclick: () => attempt(() => compare(one.number)) }, "Compare"),
       " ",
-      h("button", { class: "quiet", onclick: () => run(() => edit(one.number)) }, "Edit"),
+      h("button", { class: "quiet", onclick: () => attempt(() => edit(one.number)) }, "Edit"),
       " ",
-      h("button", { disabled: one.number === current.version, onclick: () => run(() => activate(one.number)) }, "Activate"),
+      h("button", { disabled: one.number === current.version, onclick: () => attempt(() => activate(one.number)) }, "Activate"),
     ];
     const state = one.number === current.version ? h("span", { class: "good" }, " in force") : null;
     return [[String(one.number), state], moment(one.at), one.who, one.why, h("code", {}, one.fingerprint), buttons];
@@ -53,7 +57,7 @@ export async function history(page, { run }) {
   }
 }
 
-const listed = (columns, rows, none) => (rows.length ? table(columns, rows, { list: true }) : empty(none));
+const listed = (columns, rows, none) => (rows.length ? table(columns, rows) : empty(none));
 
 function act(one) {
   const what = one.action.replaceAll("_", " ") + (one.percent ? ` ${number(one.percent)} %` : "");

@@ -16,7 +16,8 @@ const connection = document.querySelector("#connection");
 const dialog = document.querySelector("#sign-in");
 let leave = () => {};
 
-// A page gets where to show itself, and `run`, which runs what may fail and says how it went. It may return a clean-up.
+// A page gets where to show itself; `run`, which runs what may fail and says how it went, at the top or, what the daemon refuses,
+// by `said`; and `every`, which runs something again and again while the page is shown.
 async function open() {
   const name = location.hash.slice(1) in pages ? location.hash.slice(1) : "now";
   for (const link of document.querySelectorAll("nav a")) {
@@ -29,6 +30,7 @@ async function open() {
   const timers = [];
   leave = () => timers.forEach(clearInterval);
   const every = (seconds, work) => {
+    if (!shown.isConnected) return null; // left while it was opened
     timers.push(setInterval(() => document.hidden || run(work), seconds * 1000));
     return work();
   };
@@ -36,32 +38,39 @@ async function open() {
   if (!(await run(() => pages[name](shown, { run, every }))) && !shown.children.length) shown.append(empty(connection.textContent), h("button", { onclick: open }, "Try again"));
 }
 
-async function run(work) {
+async function run(work, said = null) {
   try {
     await work();
-    connection.textContent = "connected";
-    connection.className = "good";
-    document.body.classList.remove("stale");
+    status("connected", true);
     return true;
   } catch (error) {
     if (!(error instanceof Refused) && !(error instanceof Unreached)) throw error;
-    connection.textContent = error.message;
-    connection.className = "bad";
+    const here = said && error instanceof Refused && error.status !== 401;
+    if (here) said(error.message);
+    status(here ? "connected" : error.message, here);
     document.body.classList.toggle("stale", error instanceof Unreached);
     if (error.status === 401) askForToken(error);
     return false;
   }
 }
 
+function status(text, good) {
+  connection.textContent = text;
+  connection.className = good ? "good" : "bad";
+  document.body.classList.remove("stale");
+}
+
 function askForToken(error) {
   if (dialog.open) return;
+  leave(); // nothing is asked again until somebody has signed in
   dialog.querySelector(".problem").textContent = sessionStorage.length ? error.message : "";
   dialog.showModal();
 }
 
 dialog.addEventListener("close", () => {
   const input = dialog.querySelector("input");
-  if (input.value) signIn(input.value);
+  if (!input.value) return; // closed by Escape
+  signIn(input.value);
   input.value = "";
   open();
 });

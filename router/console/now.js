@@ -38,7 +38,7 @@ function cloud({ cloud, link }) {
     "first token": ms(link.first_token_s),
     "failed lately": percent(link.failure_ratio),
     breaker: link.breaker,
-    "back in": link.retry_after_s == null ? null : `${number(link.retry_after_s, 1)} s`,
+    ...(link.retry_after_s == null ? {} : { "back in": `${number(link.retry_after_s, 1)} s` }),
   });
 }
 
@@ -46,7 +46,7 @@ function traffic({ routes, failovers, uptime_s }) {
   const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
   const ended = Object.entries(routes).map(([target, outcomes]) => [target, sum(outcomes)]);
   const all = ended.reduce((total, [, count]) => total + count, 0);
-  const failed = Object.values(routes).reduce((total, outcomes) => total + (outcomes.error ?? 0), 0);
+  const failed = Object.entries(routes).reduce((total, [target, outcomes]) => total + (target === "none" ? 0 : (outcomes.error ?? 0)), 0);
   const by = Object.fromEntries(ended.map(([target, count]) => [target === "none" ? "refused" : target, `${number(count)} · ${percent(count / all)}`]));
   const bar = all ? meter(...ended.map(([target, count]) => [target === "none" ? "bad" : target, count / all])) : null;
   return card("Answered", null, { requests: number(all), ...by, failed: number(failed), "stood in for the cloud": number(failovers), up: span(uptime_s) }, bar);
@@ -66,15 +66,15 @@ function predictions({ predictions }) {
   const known = Object.entries(predictions).filter(([, one]) => one.answers);
   const rows = known.map(([target, one]) => [target, ms(seconds(one.first_token_error_ms)), ms(seconds(one.total_error_ms)), number(one.answers)]);
   if (!rows.length) return [];
-  const shown = table(["", "first token:number", "whole:number", "answers:number"], rows);
-  return [h("section", { class: "card" }, h("h2", {}, "Predictions off by, in the median"), shown)];
+  const shown = table(["side:head", "first token:number", "whole answer:number", "answers:number"], rows);
+  return [h("section", { class: "card wide" }, h("h2", {}, "Predictions off by, in the median"), shown)];
 }
 
 function classes({ classes }) {
   const rows = Object.entries(classes).map(([name, { requests, p50_ms, p95_ms, p99_ms }]) =>
     [name.replaceAll("_", " "), ...[p50_ms, p95_ms, p99_ms].map((share) => percent(share)), number(requests)]);
   if (!rows.length) return [];
-  const shown = table(["class:words", "p50:number", "p95:number", "p99:number", "requests:number"], rows);
+  const shown = table(["class:head", "p50:number", "p95:number", "p99:number", "requests:number"], rows);
   return [h("section", { class: "card wide" }, h("h2", {}, "First tokens within their class's targets"), shown)];
 }
 

@@ -7,8 +7,9 @@ import { draft } from "./draft.js";
 import { why } from "./why.js";
 
 const PAUSE_MS = 300;
+const FOLLOWED_S = 5;
 
-export async function policy(page, { run }) {
+export async function policy(page, { run, every }) {
   const text = h("textarea", { spellcheck: "false", "aria-label": "Policy in YAML", "aria-describedby": "verdict", oninput: typed, onscroll: followScroll, onkeydown: shortcut });
   const lines = h("pre", { "aria-hidden": "true" });
   const verdict = h("p", { role: "status", id: "verdict" });
@@ -17,11 +18,11 @@ export async function policy(page, { run }) {
   const changes = h("div");
   const percent = h("input", { type: "number", min: "1", max: "99", value: "10", "aria-label": "percent of the conversations" });
   const buttons = {
-    replay: h("button", { onclick: () => run(replay) }, "Replay"),
-    activate: h("button", { class: "main", onclick: () => run(activate) }, "Activate"),
-    tryOut: h("button", { onclick: () => run(tryOut) }, "Try on"),
-    rollBack: h("button", { class: "quiet", onclick: () => run(rollBack) }, "Roll back"),
-    startOver: h("button", { class: "quiet", onclick: () => run(startOver) }, "Start over"),
+    replay: h("button", { onclick: () => attempt(replay) }, "Replay"),
+    activate: h("button", { class: "main", onclick: () => attempt(activate) }, "Activate"),
+    tryOut: h("button", { onclick: () => attempt(tryOut) }, "Try on"),
+    rollBack: h("button", { class: "quiet", onclick: () => attempt(rollBack) }, "Roll back"),
+    startOver: h("button", { class: "quiet", onclick: () => attempt(startOver) }, "Start over"),
   };
   const inForce = h("p", { class: "faint" });
   let checking = 0;
@@ -38,9 +39,27 @@ export async function policy(page, { run }) {
         h("div", { class: "row" }, buttons.tryOut, percent, "% of conversations")),
       h("div", {}, result, changes)),
   );
-  await refresh(await get("/admin/policy"));
+  refresh(await get("/admin/policy"));
   text.value = draft.text() ?? text.dataset.inForce;
   await check();
+  await every(FOLLOWED_S, follow);
+
+  function attempt(work) {
+    return run(work, (message) => say(message, "bad"));
+  }
+
+  function say(message, kind, ...more) {
+    result.replaceChildren(h("p", { class: kind }, message, ...more));
+  }
+
+  // Somebody else may put another policy in force meanwhile, and a trial goes on.
+  async function follow() {
+    const before = text.dataset.inForce;
+    refresh(await get("/admin/policy"));
+    if (before === text.dataset.inForce) return;
+    if (draft.text() == null) text.value = text.dataset.inForce;
+    await check();
+  }
 
   function refresh({ current, canary, unavailable }) {
     text.dataset.inForce = current.source;
@@ -69,8 +88,10 @@ export async function policy(page, { run }) {
     problems.replaceChildren(...found.problems.map(problem));
     text.setAttribute("aria-invalid", String(!found.valid));
     mark(found.problems.map((one) => one.line));
-    for (const name of ["replay", "activate", "tryOut"]) buttons[name].disabled = !found.valid;
-    buttons.startOver.disabled = text.value === text.dataset.inForce;
+    const same = text.value === text.dataset.inForce;
+    buttons.replay.disabled = !found.valid;
+    buttons.activate.disabled = buttons.tryOut.disabled = !found.valid || same;
+    buttons.startOver.disabled = same;
     changes.replaceChildren(h("h2", {}, "Against what is in force"), diff(found.diff));
   }
 
@@ -103,6 +124,7 @@ export async function policy(page, { run }) {
   }
 
   async function replay() {
+    say("Deciding the recorded requests again …", "faint");
     const found = await post("/admin/policy/replay", { source: text.value });
     const rules = Object.entries(found.rules).sort(([, a], [, b]) => b - a).map(([name, count]) => [name, number(count)]);
     const moved = found.moved.map((one) => [`${one.from} → ${one.to}`, number(one.count)]);
@@ -140,13 +162,13 @@ export async function policy(page, { run }) {
 
   async function rollBack() {
     const reason = await why("Roll back", "Ends the trial if there is one; else the version before takes over.");
-    if (reason) await done(await post("/admin/policy/rollback", { why: reason }), "Rolled back.");
+    if (reason) await done(await post("/admin/policy/rollback", { why: reason }), "Rolled back; the editor keeps the text.");
   }
 
   async function done(overview, said) {
     refresh(overview);
     keep();
-    result.replaceChildren(h("p", { class: "good" }, said));
+    say(`${said} `, "good", h("a", { href: "#decisions" }, "See what it decides"));
     await check();
   }
 }

@@ -44,9 +44,9 @@ def unpack(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
         about = json.loads(str(arrays.pop("about")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidWeights(f"{path.name} is no readable weights file ({type(error).__name__})", param="path") from error
+        raise InvalidWeights(f"{path.name} is no weights file ({type(error).__name__})", param="path") from error
     if not isinstance(about, dict) or about.get("version") != VERSION:
-        raise InvalidWeights(f"{path.name} is of another version than {VERSION}, which this release reads", param="about")
+        raise InvalidWeights(f"{path.name} is of another version than {VERSION}", param="about")
     return about, {
         name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in arrays.items()
     }

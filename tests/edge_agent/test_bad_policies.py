@@ -125,7 +125,7 @@ async def test_a_policy_that_asks_for_what_cannot_be_measured_is_refused(
     proposed before, and the policy before holds; what does not ask for it is taken as ever."""
 
     def damaged() -> None:
-        raise InvalidWeights("difficulty.npz is no readable weights file (BadZipFile)", param="path")
+        raise InvalidWeights("difficulty.npz is no weights file (BadZipFile)", param="path")
 
     file, source = tmp_path / "policy.yaml", "mode: prefer_edge\n" + asking
     file.write_text(GOOD)
@@ -134,7 +134,7 @@ async def test_a_policy_that_asks_for_what_cannot_be_measured_is_refused(
     kept = center.propose(source, "ann", "try").number
     monkeypatch.setattr(router.observe, "shipped_difficulty", damaged)
     file.write_text(source)
-    with pytest.raises(InvalidPolicy, match=r"measured here: difficulty\.npz is no readable") as caught:
+    with pytest.raises(InvalidPolicy, match=r"measured here: difficulty\.npz is no weights file") as caught:
         await center.reload()
     assert (caught.value.line, caught.value.field) == (2, ASKING[asking])
     for refused in (
