@@ -11,7 +11,7 @@ from router.difficulty import Difficulty, Outlook, shipped_difficulty
 from router.document import Path, read
 from router.features import RequestFeatures, measure
 from router.money import NOTHING_SPENT, Spent
-from router.policy import InvalidPolicy, Policy, parse
+from router.policy import InvalidPolicy, Override, Policy, parse
 from router.privacy.inspect import CLEAN, inspect
 from router.weights import InvalidWeights
 from shared.schemas import ChatRequest
@@ -67,8 +67,9 @@ def usable(source: str | bytes, *, name: str) -> Policy:
 
 def _asking(policy: Policy) -> Path | None:
     """Where it first asks for a difficulty."""
-    tenants = ((("tenants", name), override) for name, override in policy.tenants.items())
-    for path, part in (((), policy), *tenants, (("shadow",), policy.shadow)):
+    parts: list[tuple[Path, Policy | Override | None]] = [((), policy), (("shadow",), policy.shadow)]
+    parts += [(("tenants", name), override) for name, override in policy.tenants.items()]
+    for path, part in parts:
         if part is None:
             continue
         for field in ("goal", "weights"):

@@ -47,10 +47,13 @@ class Receiving:
 
 
 class Follower(Protocol):
-    """Who takes a fleet's policies at this edge. Both calls return at once."""
+    """Who takes a fleet's policies at this edge. All calls return at once."""
 
     def state(self) -> FleetState:
         """What the server is to know; it is told again whenever this has changed."""
+
+    def answered(self) -> None:
+        """The server has said what it has, be it nothing new."""
 
     def offered(self, version: int, signed: bytes, wake: Callable[[], None]) -> None:
         """A policy has come, of which nothing is checked. `wake` is to be called when `state` has changed by it."""
@@ -71,6 +74,7 @@ class Following:
         if self._follower is None:
             raise BadFrame("a policy that nobody asked for", param="frame")
         self._answered = True
+        self._follower.answered()
         signed = self._receiving.add(frame)
         if signed is not None:
             self._follower.offered(frame.version, signed, wake)

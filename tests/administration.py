@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_sides import HERE, THERE, Local, Remote, Turns
 from serving import served
 
@@ -16,6 +17,7 @@ from edge_agent.api.openai import openai_app
 from edge_agent.daemon import Daemon, put_together
 from edge_agent.journal import Journal
 from edge_agent.policies.center import PolicyCenter
+from edge_agent.policies.fleet import FleetFollower
 from edge_agent.policies.history import History
 from edge_agent.policies.signer import Signer
 from shared.guard import Guard
@@ -57,10 +59,15 @@ class Administration:
 
 
 @asynccontextmanager
-async def administration(folder: Path, *, history: bool = True) -> AsyncIterator[Administration]:
+async def administration(
+    folder: Path, *, history: bool = True, fleet: Ed25519PublicKey | None = None
+) -> AsyncIterator[Administration]:
+    """`fleet`: the key of the fleet that the device follows."""
     kept = History(folder / "policies.db", Signer(b"k" * 32)) if history else None
     journal = Journal(folder / "journal.db") if history else None
-    daemon = put_together(Local(Turns(HERE)), Remote(Turns(THERE)), PolicyCenter(None, kept), journal)
+    center = PolicyCenter(None, kept)
+    follower = None if fleet is None else FleetFollower(center, fleet, edge="a-device", group="kiosk")
+    daemon = put_together(Local(Turns(HERE)), Remote(Turns(THERE)), center, journal, follower=follower)
     app = openai_app(daemon, keys=None, guard=Guard())
     add_admin(app, daemon, token=TOKEN, keys_file=folder / "admin.keys")
     add_console(app)

@@ -1,6 +1,7 @@
 """Fleets for tests: a key, policies signed by it, an edge's state with a follower, a cloud that holds policies."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,24 @@ def device(folder: Path, number: int = 0, *, group: str = "", file: Path | None 
     history = History(folder / f"policies{number}.db", signer)
     center = PolicyCenter(file, history)
     return Device(center, history, FleetFollower(center, KEY.public_key(), edge=signer.name, group=group))
+
+
+@asynccontextmanager
+async def watching(follower: FleetFollower) -> AsyncIterator[Callable[[int, bytes], Awaitable[None]]]:
+    """`offer(version, signed)` waits until it is judged."""
+    task = asyncio.create_task(follower.watch())
+
+    async def offer(version: int, content: bytes) -> None:
+        judged = asyncio.Event()
+        follower.offered(version, content, judged.set)
+        async with asyncio.timeout(30):
+            await judged.wait()
+
+    try:
+        yield offer
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class Site:

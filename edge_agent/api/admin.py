@@ -1,4 +1,5 @@
-"""Administration: everything under /admin needs a credential, also what is not there. The rest: `policies`, `figures`.
+"""Administration: everything under /admin needs a credential, also what is not there. The rest: `policies`, `fleet`,
+`figures`.
 
 GET  /admin/status   who answered, the device, the link, the policy in force
 POST /admin/reload   read the policy and the settings again, now; says which settings wait for a restart
@@ -22,6 +23,7 @@ from starlette.routing import Route, compile_path
 
 from edge_agent.api.administrators import Administrators, AdminRoute, Handler
 from edge_agent.api.figures import FigureAdministration
+from edge_agent.api.fleet import fleet_route
 from edge_agent.api.models import model_routes
 from edge_agent.api.policies import PolicyAdministration
 from edge_agent.daemon import Daemon, health
@@ -66,6 +68,7 @@ def add_admin(
         AdminRoute("POST", "/admin/cache/clear", "activate", clear),
         *model_routes(daemon),
         *PolicyAdministration(daemon).routes(),
+        fleet_route(daemon),
         *FigureAdministration(daemon).routes(),
     ]
     patterns = [(compile_path(route.path), route) for route in routes]

@@ -1,15 +1,16 @@
 """The fleet's policies at this edge: what its cloud offers, if the key that its own administrator pinned signed it.
 
-One is taken if, in this order, it is signed by that key, newer than every one that was taken before, meant for this
-edge, a policy that can be read, and none that loosens what the device's own policy demands (`router.floor`). Then it is
-put in force like one that a person activates, and can be rolled back like it; the same version does not come again.
-What is refused changes nothing: the cloud is told which, by which code. It is judged again after a restart, or once
-another policy of the device's own is in force.
+One is taken if, in this order, it is signed by that key, the device's own record is whole, it is newer than every one
+that was taken before, meant for this edge, a policy that can be read, and none that loosens what the device's own
+policy demands (`router.floor`). Then it is put in force like one that a person activates, and can be rolled back like
+it; the same version does not come again. What is refused changes nothing: the cloud is told which, by which code. It is
+judged again after a restart, or once another policy of the device's own is in force.
 """
 
 import asyncio
 import contextlib
 import sqlite3
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -17,7 +18,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.policies.center import FLEET, PolicyCenter
-from edge_agent.policies.history import Taken
+from edge_agent.policies.chain import Taken
 from router.floor import loosened
 from router.observe import usable
 from router.policy import Policy
@@ -47,12 +48,29 @@ class LoosensPrivacy(PolicyDenied):
     code = "loosens_privacy"
 
 
+class BrokenHistory(PolicyDenied):
+    """Acts of the device's history were rewritten: nobody can tell which policies it had."""
+
+    code = "broken_history"
+
+
 class FleetFollower:
     """A `shared.offers.Follower`. `watch` does the judging, beside the event loop where it takes long."""
 
-    def __init__(self, center: PolicyCenter, key: Ed25519PublicKey, *, edge: str, group: str = "") -> None:
-        """Raises NoHistory: without one nobody could tell a new policy from an old one."""
-        self._center, self._key, self._edge, self._group = center, key, edge, group
+    def __init__(
+        self,
+        center: PolicyCenter,
+        key: Ed25519PublicKey,
+        *,
+        edge: str,
+        group: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` in seconds since 1970, for people to read. Raises NoHistory: without one nobody could tell a new
+        policy from an old one."""
+        self._center, self._key, self._edge, self._group, self._clock = center, key, edge, group, clock
+        self.offered_version, self.answered_at = 0, 0.0
+        """What the cloud has sent last in this life of the daemon, and when it last said what it has; 0 if never."""
         self._taken: Taken | None = center.history.taken()
         self._offer: tuple[int, bytes, Callable[[], None]] | None = None
         self._news = asyncio.Event()
@@ -79,8 +97,12 @@ class FleetFollower:
             message=message[:MAX_MESSAGE_CHARS],
         )
 
+    def answered(self) -> None:
+        self.answered_at = self._clock()
+
     def offered(self, version: int, signed: bytes, wake: Callable[[], None]) -> None:
         """The newest offer is judged; one that still waits makes way for it."""
+        self.offered_version = version
         self._offer = (version, signed, wake)
         self._news.set()
 
@@ -118,6 +140,8 @@ class FleetFollower:
         structlog.get_logger("causeway.fleet").info("policy taken", version=found.version, why=found.terms.why)
 
     def _checked(self, found: FleetPolicy) -> Policy:
+        if (broken := self._center.history.broken_at()) is not None:
+            raise BrokenHistory(f"the device's record was changed at act {broken}", param="history")
         self._check_newer(found)
         if not found.terms.include(self._edge, self._group):
             raise NotForThisEdge("it is meant for other edges", param="groups")

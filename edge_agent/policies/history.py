@@ -1,5 +1,6 @@
 """Every policy that was proposed, and who put which in force, when and why. SQLite; the acts are a signed chain
-(`edge_agent.policies.chain`). Versions count from 1; version 0 is the built-in policy.
+(`edge_agent.policies.chain`), and `edge_agent.policies.anchor` knows how far it has come: the first act after a gap
+tells of it. Versions count from 1; version 0 is the built-in policy.
 
 At most MAX_VERSIONS texts are kept: the oldest that was never in force nor on trial goes first, and its acts stay.
 """
@@ -16,20 +17,34 @@ from typing import Any, Final
 
 import structlog
 
-from edge_agent.policies.chain import OF_ACT, TABLE, Act, Action, Checked, append, checked, covers, following, migrate
+from edge_agent.policies.anchor import Anchor, Head
+from edge_agent.policies.chain import (
+    OF_ACT,
+    TABLE,
+    Act,
+    Action,
+    Checked,
+    Taken,
+    append,
+    checked,
+    covers,
+    following,
+    last,
+    migrate,
+    taken,
+)
 from edge_agent.policies.signer import Signer
 from shared.errors import CausewayError, NotFound
 
-_IN_FORCE: Final = "SELECT version FROM acts WHERE action IN ('activate', 'rollback') "
+_IN_FORCE: Final = "SELECT version FROM acts WHERE action IN ('activate', 'take', 'rollback') "
 """The acts after which a version is the one in force."""
-_USED: Final = "SELECT version FROM acts WHERE action IN ('activate', 'rollback', 'canary')"
+_USED: Final = "SELECT version FROM acts WHERE action IN ('activate', 'take', 'rollback', 'canary')"
 MAX_LISTED: Final = 500
 MAX_VERSIONS: Final = 10_000
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS versions (
     number INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, why TEXT NOT NULL, fingerprint TEXT NOT NULL,
     source BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS fleet (version INTEGER PRIMARY KEY, digest TEXT NOT NULL, number INTEGER NOT NULL);
 """
 
 
@@ -57,15 +72,6 @@ class Version:
     source: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A fleet's policy that was taken: its version there, the SHA-256 of what was signed, and its number here."""
-
-    version: int
-    digest: str
-    number: int
-
-
 class History:
     """Safe to call from several threads; each call is short."""
 
@@ -82,8 +88,10 @@ class History:
         self._lock = threading.Lock()
         self._checking = threading.Lock()
         self._checked = Checked()
-        self._database, self.damaged = _opened(path, clock)
-        """`damaged`: what was there could not be read, and was moved aside."""
+        self._anchor = Anchor(path.with_suffix(".head"), signer)
+        self._database, damaged = _opened(path, clock)
+        self.damaged = self._lost(self._anchor.read()) or damaged
+        """What was there could not be read, and was moved aside; or some of it, or all, is gone."""
 
     def close(self) -> None:
         with self._lock:
@@ -101,17 +109,16 @@ class History:
     def take(self, version: int, digest: str, source: bytes, fingerprint: str, who: str, why: str) -> Version:
         """A fleet's policy is proposed and put in force, and none of its version or below will be again: all of it or
         nothing. Raises HistoryFull."""
+        content = Taken(version, digest).content
         with self._writing() as database:
             kept = self._propose(database, source, fingerprint, who, why)
-            append(database, self._signer, self._clock(), who, "activate", kept.number, why)
-            database.execute("INSERT INTO fleet VALUES (?, ?, ?)", (version, digest, kept.number))
+            append(database, self._signer, self._clock(), who, "take", kept.number, why, content=content)
         return kept
 
     def taken(self, number: int | None = None) -> Taken | None:
         """The newest of the fleet's policies that were taken, or the one that has this number here."""
-        where, values = ("", ()) if number is None else ("WHERE number = ? ", (number,))
-        row = self._one(f"SELECT * FROM fleet {where}ORDER BY version DESC LIMIT 1", *values)  # noqa: S608 - constants
-        return Taken(*row) if row else None
+        with self._lock:
+            return taken(self._database, number)
 
     def version(self, number: int) -> Version:
         """Raises NotFound, also for one whose text was let go, and DamagedVersion."""
@@ -168,11 +175,26 @@ class History:
             self._checked = known
         return known.broken_at
 
+    def _lost(self, head: Head | None) -> bool:
+        """Whether acts that were there are gone. Then an act says so, and what the fleet's newest policy was."""
+        if head is None:
+            return False
+        known = taken(self._database)
+        forgotten = head.fleet > (known.version if known else 0)
+        if last(self._database, head.number) == (head.number, head.digest) and not forgotten:
+            return False
+        why = f"{head.number} acts were recorded up to here, and they are not all there"
+        content = Taken(head.fleet, head.fleet_digest).content if forgotten else None
+        structlog.get_logger("causeway.policy").error("history is not whole", why=why)
+        with self._writing() as database:
+            append(database, self._signer, self._clock(), "guard", "lost", 0, why, content=content)
+        return True
+
     def _propose(self, database: sqlite3.Connection, source: bytes, fingerprint: str, who: str, why: str) -> Version:
         self._make_room(database)
         highest = "SELECT number FROM versions UNION ALL SELECT version FROM acts ORDER BY 1 DESC LIMIT 1"
-        last = database.execute(highest).fetchone() or (0,)
-        at, number = self._clock(), last[0] + 1
+        (before,) = database.execute(highest).fetchone() or (0,)
+        at, number = self._clock(), before + 1
         version = Version(number, at, who, why, fingerprint, source)
         database.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", (number, at, who, why, fingerprint, source))
         digest = hashlib.sha256(source).digest()
@@ -197,9 +219,13 @@ class History:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._database:
-            self._database.execute("BEGIN IMMEDIATE")
-            yield self._database
+        with self._lock:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                yield self._database
+            newest = taken(self._database)
+            fleet = (newest.version, newest.digest) if newest else (0, "")
+            self._anchor.write(Head(*last(self._database), *fleet))
 
 
 def _opened(path: Path, clock: Callable[[], float]) -> tuple[sqlite3.Connection, bool]:

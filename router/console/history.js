@@ -7,6 +7,7 @@ import { draft } from "./draft.js";
 import { why } from "./why.js";
 
 const VERSIONS = ["version:detail", "when", "who:words", "why:reason", "fingerprint:detail", ":acts"];
+const VERSIONLESS = ["refuse", "lost"];
 const ACTS = ["act:detail", "when", "who:words", "what", "version:detail", "why:reason"];
 
 export async function history(page, { run }) {
@@ -23,8 +24,9 @@ export async function history(page, { run }) {
 
   async function load(overview) {
     const found = overview ?? (await get("/admin/policy"));
-    chain.textContent = found.unavailable ?? (found.broken_at ? `The record was changed at act ${found.broken_at}.` : "The record is whole: every act is signed and follows the one before.");
-    chain.className = found.unavailable || found.broken_at ? "bad" : "good";
+    const problem = found.unavailable ?? unsound(found);
+    chain.textContent = problem ?? "The record is whole: every act is signed and follows the one before.";
+    chain.className = problem ? "bad" : "good";
     versions.replaceChildren(listed(VERSIONS, found.versions.map((one) => version(one, found.current)), "No version was proposed here yet."));
     acts.replaceChildren(listed(ACTS, found.acts.map(act), "Nobody has done anything yet."));
   }
@@ -57,9 +59,15 @@ export async function history(page, { run }) {
   }
 }
 
+function unsound({ broken_at: at, acts }) {
+  if (at) return `The record was changed at act ${at}. No policy of a fleet is taken until policies.db is moved out of the state folder.`;
+  const lost = acts.find((one) => one.action === "lost");
+  return lost ? `Acts before number ${lost.number} are gone: ${lost.why}.` : null;
+}
+
 const listed = (columns, rows, none) => (rows.length ? table(columns, rows) : empty(none));
 
 function act(one) {
   const what = one.action.replaceAll("_", " ") + (one.percent ? ` ${number(one.percent)} %` : "");
-  return [String(one.number), moment(one.at), one.who, what, one.version ? String(one.version) : "built-in", one.why];
+  return [String(one.number), moment(one.at), one.who, what, VERSIONLESS.includes(one.action) ? "–" : one.version ? String(one.version) : "built-in", one.why];
 }

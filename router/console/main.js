@@ -4,13 +4,14 @@ import { Refused, Unreached, signIn, takeTokenFromLink } from "./api.js";
 import { empty, h } from "./dom.js";
 import { cache } from "./cache.js";
 import { decisions } from "./decisions.js";
+import { fleet } from "./fleet.js";
 import { goal } from "./goal.js";
 import { history } from "./history.js";
 import { now } from "./now.js";
 import { policy } from "./policy.js";
 import { traffic } from "./traffic.js";
 
-const pages = { now, decisions, traffic, cache, policy, goal, history };
+const pages = { now, decisions, traffic, cache, policy, goal, history, fleet };
 const main = document.querySelector("main");
 const connection = document.querySelector("#connection");
 const dialog = document.querySelector("#sign-in");

@@ -22,9 +22,13 @@ class Follower:
     def __init__(self) -> None:
         self.got: list[tuple[int, bytes]] = []
         self.said = FleetState(edge="e")
+        self.answers = 0
 
     def state(self) -> FleetState:
         return self.said
+
+    def answered(self) -> None:
+        self.answers += 1
 
     def offered(self, version: int, signed: bytes, wake: object) -> None:
         self.got.append((version, signed))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from administration import TOKEN, administration
 from browsers import browsing
+from fleets import KEY, signed, watching
 from playwright.async_api import expect
 
 WRONG = "mode: prefer_cloud\nrules:\n  - name: code\n    when: {cod: true}\n    target: edge\n"
@@ -64,7 +65,7 @@ async def test_every_page_fits_and_asks_nobody_else(tmp_path: Path, width: int) 
     async with administration(tmp_path) as edge, browsing(edge.url, width) as (page, wrong):
         await edge.ask()
         await page.goto(f"{edge.url}/console/#token={TOKEN}")
-        for name in ("Now", "Decisions", "Traffic", "Cache", "Policy", "Goal", "History"):
+        for name in ("Now", "Decisions", "Traffic", "Cache", "Policy", "Goal", "History", "Fleet"):
             await page.get_by_role("link", name=name).click()
             await expect(page.locator("main > div > *").first).to_be_visible()
             assert await page.evaluate("document.documentElement.scrollWidth") <= width
@@ -150,6 +151,27 @@ async def test_nothing_is_shown_without_a_credential(tmp_path: Path) -> None:
         await page.keyboard.press("Enter")
         await expect(page.get_by_role("heading", name="This device")).to_be_visible()
         assert await page.evaluate("Object.keys(localStorage).length") == 0
+
+
+async def test_the_fleet_is_shown(tmp_path: Path) -> None:
+    """Which version is in force, which was refused and why; the record in the history is whole."""
+    async with administration(tmp_path, fleet=KEY.public_key()) as edge, browsing(edge.url) as (page, wrong):
+        follower = edge.daemon.follower
+        assert follower is not None
+        await page.goto(f"{edge.url}/console/#token={TOKEN}")
+        await page.get_by_role("link", name="Fleet").click()
+        await expect(page.get_by_text("none of the fleet's")).to_be_visible()
+        async with watching(follower) as offer:
+            follower.answered()
+            await offer(3, signed(3))
+            await expect(page.get_by_text("version 3 in force")).to_be_visible()
+            await offer(4, signed(4, "mode: prefer_cloud\nprivacy: {personal: free}"))
+        await expect(page.get_by_text("version 4 refused")).to_be_visible()
+        await expect(page.get_by_text("yes: what the fleet sent was refused")).to_be_visible()
+        await expect(page.locator("tbody tr")).to_contain_text("fleet version 4: loosens_privacy")
+        await page.get_by_role("link", name="History").click()
+        await expect(page.get_by_text("The record is whole")).to_be_visible()
+    assert wrong == []
 
 
 async def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from edge_sides import ask
-from fleets import EDGE, HERE, OTHER, Device, device, signed
+from fleets import EDGE, HERE, OTHER, Device, device, signed, watching
 
 from edge_agent.policies.canary import LEAST, WINDOW
 from shared.frames import MAX_OFFER
@@ -22,26 +21,8 @@ def here(tmp_path: Path) -> Iterator[Device]:
     made.history.close()
 
 
-@asynccontextmanager
-async def watching(edge: Device) -> AsyncIterator[Callable[[int, bytes], Awaitable[None]]]:
-    """`offer(version, signed)` waits until it is judged."""
-    task = asyncio.create_task(edge.follower.watch())
-
-    async def offer(version: int, content: bytes) -> None:
-        judged = asyncio.Event()
-        edge.follower.offered(version, content, judged.set)
-        async with asyncio.timeout(30):
-            await judged.wait()
-
-    try:
-        yield offer
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 async def given(edge: Device, *offers: tuple[int, bytes]) -> None:
-    async with watching(edge) as offer:
+    async with watching(edge.follower) as offer:
         for version, content in offers:
             await offer(version, content)
 
@@ -52,7 +33,7 @@ async def test_a_signed_policy_is_in_force_at_once_and_recorded(here: Device) ->
 
     assert (here.center.policy.mode, here.center.current.version) == ("prefer_cloud", 1)
     assert [(act.action, act.who, act.why) for act in here.history.acts()] == [
-        ("activate", "fleet", "fleet version 3: the 3th"),
+        ("take", "fleet", "fleet version 3: the 3th"),
         ("propose", "fleet", "fleet version 3: the 3th"),
     ]
     assert (here.state.seen, here.state.using, here.state.refused, here.state.code) == (3, 3, 0, "")
@@ -166,20 +147,122 @@ async def test_it_is_held_against_what_the_device_itself_put_in_force_last(here:
     assert here.state.using == 5
 
 
-async def test_after_a_damaged_history_nothing_laxer_is_taken(here: Device, tmp_path: Path) -> None:
-    """Nobody knows which versions were there: the device keeps everything here until its administrator has spoken,
-    also after the next restart."""
+DATABASE = ("policies0.db", "policies0.db-wal", "policies0.db-shm")
+
+
+def emptied(folder: Path) -> None:
+    for name in DATABASE:
+        (folder / name).unlink(missing_ok=True)
+
+
+def damaged(folder: Path) -> None:
+    emptied(folder)
+    (folder / "policies0.db").write_bytes(b"\x00damaged" * 1000)
+
+
+@pytest.mark.parametrize("harm", [emptied, damaged])
+async def test_without_its_history_no_older_policy_is_taken(
+    here: Device, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    """Deleted or unreadable: the device keeps everything here until its administrator has spoken, knows the newest
+    version that it ever took, and says that acts are gone; also after the next restart."""
     await given(here, (7, signed(7)))
     here.history.close()
-    for name in ("policies0.db", "policies0.db-wal", "policies0.db-shm"):
-        (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / "policies0.db").write_bytes(b"\x00damaged" * 1000)
+    harm(tmp_path)
 
     for _ in range(2):
         again = device(tmp_path)
         await given(again, (3, signed(3)))
+        assert (again.state.seen, again.state.code, again.center.policy.mode) == (7, "stale_policy", "only_edge")
+        await given(again, (8, signed(8)))
         assert (again.state.code, again.center.policy.mode) == ("loosens_privacy", "only_edge")
+        assert [act.action for act in again.history.acts()].count("lost") == 1
+        assert again.history.broken_at() is None
         again.history.close()
+
+    again = device(tmp_path)
+    again.center.activate(again.center.propose(EDGE, "anna", "go on").number, "anna", "go on")
+    await given(again, (7, signed(7)))
+    assert (again.state.code, again.center.policy.mode) == ("stale_policy", "prefer_edge")
+    await given(again, (8, signed(8)))
+    assert (again.state.using, again.center.policy.mode) == (8, "prefer_cloud")
+    again.history.close()
+
+
+async def test_an_old_copy_of_the_history_brings_no_old_policy_back(here: Device, tmp_path: Path) -> None:
+    """Its acts are all genuine, but there were more: the newest version is known all the same, and the gap is told."""
+    await given(here, (3, signed(3)))
+    here.history.close()
+    old = (tmp_path / "policies0.db").read_bytes()
+    again = device(tmp_path)
+    await given(again, (7, signed(7)))
+    again.history.close()
+    emptied(tmp_path)
+    (tmp_path / "policies0.db").write_bytes(old)
+
+    again = device(tmp_path)
+    assert (again.state.seen, again.history.acts()[0].action) == (7, "lost")
+    await given(again, (5, signed(5, EDGE)))
+    assert (again.state.code, again.state.using) == ("stale_policy", 3)
+    again.history.close()
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "DELETE FROM acts WHERE action = 'take' AND version = 2",
+        "UPDATE acts SET content = CAST(x'0000000000000001' || substr(content, 9) AS BLOB) WHERE action = 'take'",
+        "UPDATE acts SET action = 'activate' WHERE action = 'take'",
+        "UPDATE acts SET content = 'x' WHERE action = 'take'",
+    ],
+)
+@pytest.mark.parametrize("anchored", [True, False])
+async def test_a_rewritten_record_of_what_was_taken_brings_no_old_policy_back(
+    here: Device, tmp_path: Path, tampering: str, anchored: bool
+) -> None:
+    """The chain covers it, whether or not the anchor is there: while the record is not whole, nothing is taken."""
+    await given(here, (3, signed(3)), (7, signed(7)))
+    here.center.activate(here.center.propose(EDGE, "anna", "mine").number, "anna", "mine")
+    here.history.close()
+    with sqlite3.connect(tmp_path / "policies0.db") as database:
+        assert database.execute(tampering).rowcount
+    database.close()
+    if not anchored:
+        (tmp_path / "policies0.head").unlink()
+
+    again = device(tmp_path)
+    before = again.center.current
+    assert before.policy.mode in ("prefer_edge", "only_edge")
+    for version in (5, 8):
+        await given(again, (version, signed(version)))
+        assert (again.state.refused, again.state.code) == (version, "broken_history")
+    assert again.center.current is before
+    again.history.close()
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b'{"head":{"number":0,"digest":"","fleet":0},"signature":"AA=="}']
+)
+async def test_an_anchor_that_is_gone_or_forged_changes_nothing(
+    here: Device, tmp_path: Path, content: bytes | None
+) -> None:
+    """The chain is enough while it is there; with the next act there is an anchor again."""
+    await given(here, (7, signed(7)))
+    here.history.close()
+    anchor = tmp_path / "policies0.head"
+    assert anchor.stat().st_mode & 0o077 == 0
+    anchor.unlink()
+    if content is not None:
+        anchor.write_bytes(content)
+
+    again = device(tmp_path)
+    await given(again, (6, signed(6, EDGE)), (8, signed(8)))
+    assert (again.state.using, again.history.broken_at()) == (8, None)
+    again.history.close()
+    emptied(tmp_path)
+    once_more = device(tmp_path)
+    assert once_more.state.seen == 8
+    once_more.history.close()
 
 
 async def test_a_history_that_cannot_be_written_refuses(here: Device) -> None:
@@ -193,7 +276,7 @@ async def test_a_history_that_cannot_be_written_refuses(here: Device) -> None:
 
 async def test_the_newest_of_many_offers_wins(here: Device) -> None:
     """What waits while another is judged makes way: a storm of offers costs one judgement at a time."""
-    async with watching(here) as offer:
+    async with watching(here.follower) as offer:
         for version in range(1, 50):
             here.follower.offered(version, signed(version), lambda: None)
         await offer(50, signed(50, EDGE))
@@ -208,7 +291,7 @@ async def test_requests_go_on_while_policies_come(here: Device) -> None:
         for number in range(200)
     )
     modes = set()
-    async with watching(here) as offer:
+    async with watching(here.follower) as offer:
         for version in range(1, 21):
             content = signed(version, large if version % 2 else EDGE)
             waiting = asyncio.ensure_future(offer(version, content))
