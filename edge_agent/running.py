@@ -33,6 +33,8 @@ class Running:
         asked = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
         query = urlencode({name: tokens for name, tokens in asked.items() if tokens is not None})
         found: dict[str, Any] = self._call("GET", f"/admin/models?{query}")
+        if "asked" not in found:  # the package was replaced while a daemon ran
+            raise UpstreamFailed("the running edge-agent is of another version: restart it")
         return found
 
     def length(self, prompt: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ it, so they hold for every backend alike; what runs the grammar has limits of it
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -21,6 +21,9 @@ MAX_COUNT = 1 << 13
 """Of any length or number of items in a schema, and of all repetitions of a regular expression multiplied."""
 MAX_NUMBER = 1e15
 MAX_MULTIPLE = 1000
+JSON_SPACE: Final = r" ?(\r?\n[ \t]{0,32})?"
+"""Between two parts of a JSON text: a space, a line's end and its indentation. A small model that may write more spends
+its answer on blank lines."""
 
 _TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})

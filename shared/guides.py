@@ -23,6 +23,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from shared import grammar_trial
 from shared.errors import BadRequest, Overloaded, Source, UnsupportedParameter
+from shared.grammars import JSON_SPACE
 from shared.schemas import ChatRequest, Grammar
 from shared.tool_formats import ToolFormat
 from shared.tool_grammar import is_forced, tool_grammar
@@ -243,7 +244,9 @@ def _source(grammar: Grammar | str) -> str:
     if isinstance(grammar, str):
         return str(LLMatcher.grammar_from_lark(grammar))
     if grammar.syntax == "json_schema":
-        source = LLMatcher.grammar_from_json_schema(grammar.text, overrides={"lenient": False})
+        source = LLMatcher.grammar_from_json_schema(
+            grammar.text, overrides={"lenient": False, "whitespace_pattern": JSON_SPACE}
+        )
     elif grammar.syntax == "regex":
         source = LLMatcher.grammar_from_regex(grammar.text)
     else:

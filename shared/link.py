@@ -342,11 +342,7 @@ class ClientSession:
     # --- time ---
 
     def next_deadline(self) -> float | None:
-        times = [
-            stream.patience(self.limits.resume_ttl)
-            for stream in self._streams
-            if not stream.sid or stream.given_up is not None
-        ]
+        times = [stream.patience(self.limits.resume_ttl) for stream in self._streams if stream.stranded]
         if self._wire is not None:
             times.append(self._wire.heard_at + self._rules.silent_after)
             times.append(self._greeting_or_ping_at())
@@ -355,7 +351,7 @@ class ClientSession:
 
     def tick(self, now: float) -> None:
         for stream in list(self._streams):
-            if (not stream.sid or stream.given_up is not None) and now >= stream.patience(self.limits.resume_ttl):
+            if stream.stranded and now >= stream.patience(self.limits.resume_ttl):
                 self._lose_patience(stream, now)
         if self._wire is None or self._wire.closing is not None:
             return

@@ -317,9 +317,10 @@ def read_fields(raw: dict[str, Any], model: type[_S], neutral: Mapping[str, tupl
 def _named(error: msgspec.ValidationError, prefix: str) -> BadRequest:
     """msgspec says `Expected int, got bool - at $.n`, never a value: name the field the way a client wrote it."""
     text, _, path = str(error).replace("`", "").partition(" - at $.")
-    missing = re.search(r"field (\S+)$", text)
-    path = ".".join(part for part in (path, missing.group(1) if missing else "") if part)
-    param = prefix + path
+    named = re.search(r"field (\S+)$", text)
+    param = prefix + ".".join(part for part in (path, named.group(1) if named else "") if part)
+    if "missing required" in text:
+        return BadRequest(f"{param} is missing", param=param)
     return BadRequest(f"{param or 'body'}: {_shown(text, 200)}", param=param or None)
 
 

@@ -117,9 +117,13 @@ class Stream:
         if self.sid:
             self.sid, self.since, self.ack_at = 0, now, None
 
+    @property
+    def stranded(self) -> bool:
+        """Whether it waits for a connection, or for the server to hear of its cancel."""
+        return not self.sid or self.given_up is not None
+
     def patience(self, server_keeps: float) -> float:
-        """Until when it waits for a connection, and for one to tell the server of a cancel. The server keeps its output
-        for so many seconds."""
+        """Until when it may be stranded. The server keeps its output for so many seconds."""
         rules = self._rules
         if self.given_up is not None:
             return self.given_up + rules.cancel_within

@@ -7,6 +7,7 @@ no text spells it; the schemas were checked when they came (`shared.grammars`).
 import json
 from collections.abc import Mapping
 
+from shared.grammars import JSON_SPACE
 from shared.schemas import ChatRequest, Tool
 from shared.tool_formats import ToolFormat
 
@@ -44,7 +45,7 @@ def _rule(at: int, tool: Tool, format_: ToolFormat, *, strict: bool) -> str:
     head = f'{{"name": {json.dumps(tool.name)}, "{format_.key}": '
     schema = json.loads(tool.parameters) if strict else {"type": "object"}
     if isinstance(schema, dict):
-        schema = {"type": "object"} | schema
+        schema = {"type": "object"} | schema | {"x-guidance": {"whitespace_pattern": JSON_SPACE}}
     return f"tool_{at}: {_text(head)} args_{at} {_text('}')}\nargs_{at}: %json {json.dumps(schema)}"
 
 

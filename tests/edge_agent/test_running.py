@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from edge_sides import HERE, Local, daemon_over, policy_file
 from fakes import ScriptedAnswer
+from fastapi import FastAPI
 from serving import served
 
 from edge_agent.api.admin import add_admin
@@ -19,7 +20,7 @@ from edge_agent.backends.base import Loaded
 from edge_agent.caller import ANYONE
 from edge_agent.instance import hold
 from edge_agent.running import Running
-from shared.errors import BadRequest, UnknownModel, Unreachable
+from shared.errors import BadRequest, UnknownModel, Unreachable, UpstreamFailed
 from shared.guard import Guard
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -127,3 +128,15 @@ def test_a_daemon_that_does_not_answer_is_unreachable(tmp_path: Path) -> None:
         held.say("http://127.0.0.1:1")
         with pytest.raises(Unreachable, match="does not answer"):
             Running(tmp_path).models()
+
+
+async def test_a_daemon_of_an_older_version_is_to_be_restarted(tmp_path: Path) -> None:
+    """The package was replaced under it: that is said, whatever its replies lack."""
+    admin_token(tmp_path)
+    app = FastAPI()
+    app.get("/admin/models")(lambda: {"loaded": []})
+    with hold(tmp_path) as held:
+        async with served(app) as port:
+            held.say(f"http://127.0.0.1:{port}")
+            with pytest.raises(UpstreamFailed, match="another version: restart it"):
+                await asyncio.to_thread(lambda: Running(tmp_path).models())

@@ -13,7 +13,9 @@ from cloud_engine.model.tokenizer import Tokenizer
 from shared import grammar_trial
 from shared.errors import BadRequest, Overloaded
 from shared.guides import MAX_COMPILED, GrammarCompiler, Vocabulary
-from shared.schemas import Grammar, Sampling
+from shared.schemas import ChatRequest, Grammar, Message, Sampling, Tool
+from shared.tool_formats import HERMES
+from shared.tool_grammar import tool_grammar
 
 END = 2
 PERSON = json.dumps(
@@ -75,6 +77,39 @@ def test_an_open_end_may_end_or_go_on(compiler):
     assert not guide.take(*ids("a"))
     assert allowed(guide) == {*ids("a"), END, 0}
     assert guide.take(END)
+
+
+CALLING = ChatRequest(
+    id="r",
+    model="m",
+    messages=(Message(role="user", content="?"),),
+    tools=(Tool(name="f", parameters=PERSON),),
+    tool_choice="required",
+)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "head", "tail"),
+    [
+        (Grammar(syntax="json_schema", text=PERSON), "", ""),
+        (tool_grammar(CALLING, HERMES, {}), '<tool_call>{"name": "f", "arguments": ', "}</tool_call>"),
+    ],
+    ids=["schema", "tool"],
+)
+def test_blank_lines_are_no_answer(compiler, grammar, head, tail):
+    """JSON on one line or indented fits; an empty line, or spaces without end, do not."""
+    for indent in (None, 2, 8, "\t"):
+        guide = compiler.guide(grammar)
+        for token in ids(head + json.dumps({"name": "Bo", "age": 3}, indent=indent) + tail):
+            assert token in allowed(guide)
+            complete = guide.take(token)
+        assert complete or guide.take(END)
+    for begun in ("{\n", "{ ", '{\n  "name"\n', "{\n" + " " * 32):
+        guide = compiler.guide(grammar)
+        for token in ids(head + begun):
+            guide.take(token)
+        assert allowed(guide)
+        assert not allowed(guide) & set(ids(begun[-1]))
 
 
 def test_guides_of_one_grammar_are_apart(compiler):

@@ -174,6 +174,14 @@ def test_an_error_names_the_field_but_not_its_value() -> None:
     assert str(refused.value).isprintable()
 
 
+def test_what_is_missing_is_said_so() -> None:
+    """By the field's own path, also within a message."""
+    for body, param in ((b'{"model": "auto"}', "messages"), (chat(messages=[{"content": "a"}]), "messages[0].role")):
+        with pytest.raises(BadRequest) as refused:
+            parse_chat(body, request_id="r")
+        assert (refused.value.param, refused.value.message) == (param, f"{param} is missing")
+
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()
