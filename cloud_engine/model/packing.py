@@ -9,8 +9,9 @@
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +33,9 @@ _PRODUCT: list[Any] = [
     *[_POINTER, _LONG, _INT, _INT],
     *[_POINTER, _FLOAT, _POINTER, _POINTER, _LONG],
     *[_POINTER, _INT, _INT, _INT],
+    _POINTER,
 ]
-"""The members of `Product` in `native/product.h`."""
+"""The members of `Product` in `native/product.h`, and the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +126,24 @@ class Surrounded:
     silu of the gate: half as many columns come out. One that cannot be divided so says that it is not `gated`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, runs: Mapping[torch.dtype, str], *, gated: bool) -> None:
-        """`runs` are the kernels' names; they take the tensors `parts` after a product's members."""
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        runs: Mapping[torch.dtype, str],
+        order: Callable[[Tensor], Tensor],
+        *,
+        gated: bool,
+    ) -> None:
+        """`runs` are the kernels' names; after a product's members they take what `order` makes of the weight."""
         self.outputs, self.inputs = weight.shape
         self.gated = gated and self.outputs % PANEL == 0
         self.columns = self.outputs // 2 if self.gated else self.outputs
         self.bias = None if bias is None else _padded(self._paired(bias)).float().contiguous()
-        self.parts: Sequence[Tensor] = ()
+        self.weight = order(self._paired(weight))
         self._runs = {dtype: library()[name] for dtype, name in runs.items()}
+        for run in self._runs.values():
+            run.argtypes, run.restype = _PRODUCT, None
 
     def __call__(self, x: Tensor, norm: RowNorm | None = None, added: Tensor | None = None) -> Tensor:
         """[rows, columns], of x's type as is `added` [rows, columns]."""
@@ -139,21 +151,16 @@ class Surrounded:
             x, norm = norm(x), None
         x = _rows(x, self.inputs)
         added = added if added is None else _rows(added, self.columns, x)
-        out = x.new_empty(len(x), self.columns)
+        rows = x.shape[0]
+        out = x.new_empty(rows, self.columns)
         self._runs[x.dtype](
-            *(x.data_ptr(), x.stride(0), len(x), self.inputs),
+            *(x.data_ptr(), x.stride(0), rows, self.inputs),
             *((None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)),
             None if self.bias is None else self.bias.data_ptr(),
             *((None, 0) if added is None else (added.data_ptr(), added.stride(0))),
-            *(out.data_ptr(), self.outputs, self.gated, threads()),
-            *(part.data_ptr() for part in self.parts),
+            *(out.data_ptr(), self.outputs, self.gated, threads(), self.weight.data_ptr()),
         )
         return out
-
-    def _keep(self, *parts: Tensor) -> None:
-        self.parts = parts
-        for run in self._runs.values():
-            run.argtypes, run.restype = [*_PRODUCT, *[_POINTER] * len(parts)], None
 
     def _paired(self, weight: Tensor) -> Tensor:
         """Rows in the order of panels: if it is gated, sixteen gates before the sixteen that belong to them."""
@@ -167,8 +174,8 @@ class Panels(Surrounded):
     """Sums are float32; in bfloat16, of pairs of products."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind, *, gated: bool = False) -> None:
-        super().__init__(weight, bias, {weight.dtype: f"matmul_{kind.name}"}, gated=gated)
-        self._keep(_panels(self._paired(weight), kind.neighbours))
+        order = partial(_panels, neighbours=kind.neighbours)
+        super().__init__(weight, bias, {weight.dtype: f"matmul_{kind.name}"}, order, gated=gated)
 
 
 class Int8Panels(Surrounded):
@@ -176,10 +183,7 @@ class Int8Panels(Surrounded):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> None:
         runs = {torch.float32: "matmul_int8_float32", torch.bfloat16: "matmul_int8_bfloat16"}
-        super().__init__(weight, bias, runs, gated=gated)
-        values, scales = quantize(self._paired(weight))
-        offsets = values.view(*scales.shape, -1).sum(-1, dtype=torch.int32) * -128
-        self._keep(_panels(values, 4), _panels(scales, 1), _panels(offsets, 1))
+        super().__init__(weight, bias, runs, _groups, gated=gated)
 
 
 def _fits_int8(weight: Tensor) -> bool:
@@ -192,6 +196,14 @@ def _panels(weight: Tensor, neighbours: int) -> Tensor:
     inputs = weight.shape[1]
     panels = _padded(weight).view(-1, PANEL, inputs // neighbours, neighbours)
     return panels.permute(0, 2, 1, 3).contiguous()
+
+
+def _groups(weight: Tensor) -> Tensor:
+    """[outputs, inputs] rounded: of each panel and group the values plus 128, four inputs together, then the scales."""
+    values, scales = quantize(weight)
+    values, scales = _panels(values, 4).view(torch.uint8), _panels(scales, 1)
+    parts = (part.view(*scales.shape[:2], -1) for part in (values ^ 128, scales))
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
 
 def _padded(weight: Tensor) -> Tensor:

@@ -28,14 +28,14 @@ class Projection:
         """The number of rows that every product has, if that is fixed: fewer are padded."""
 
     def __call__(self, x: Tensor, norm: RowNorm | None = None, added: Tensor | None = None) -> Tensor:
-        lacking = 0 if self.rows is None else self.rows - len(x)
-        if lacking <= 0 or not len(x):
+        rows = x.shape[0]
+        if self.rows is None or not 0 < rows < self.rows:
             return self._compute(x, norm, added)
-        more = 0, 0, 0, lacking
-        return self._compute(F.pad(x, more), norm, None if added is None else F.pad(added, more))[: len(x)]
+        more = 0, 0, 0, self.rows - rows
+        return self._compute(F.pad(x, more), norm, None if added is None else F.pad(added, more))[:rows]
 
     def _compute(self, x: Tensor, norm: RowNorm | None, added: Tensor | None) -> Tensor:
-        packed = self._packed if len(x) else None
+        packed = self._packed if x.shape[0] else None
         if isinstance(packed, Surrounded) and (self.gate is None or packed.gated):
             return packed(x, norm, added)
         x = x if norm is None else norm(x)

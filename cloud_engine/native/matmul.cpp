@@ -62,6 +62,7 @@ void tile(const Product<T>& product, const T* x, int64_t x_stride, int row, cons
     for (int u = 0; u < U; u++)
         for (int r = 0; r < R; r++) total[u][r][0] = total[u][r][1] = _mm512_setzero_ps();
     const int steps = product.inputs / Step::WIDTH;
+    product.expect(row, R, panel);
     auto step = [&](int i, int u, auto asks) {
         const char* at = weight + int64_t(i) * STEP;
         if (R <= 4) _mm_prefetch(at + AHEAD, _MM_HINT_T0), _mm_prefetch(at + AHEAD + 64, _MM_HINT_T0);

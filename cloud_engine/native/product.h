@@ -30,6 +30,15 @@ struct Product {
     int panels() const { return (outputs + PANEL - 1) / PANEL; }
     int columns() const { return gates ? outputs / 2 : outputs; }
 
+    // Asks for the memory that `finish` will read and write.
+    void expect(int row, int count, int panel) const {
+        const int column = panel * (gates ? LANES : PANEL);
+        for (int last = row + count; row < last; row++) {
+            if (added) __builtin_prefetch(added + row * added_stride + column);
+            __builtin_prefetch(out + int64_t(row) * columns() + column, 1);
+        }
+    }
+
     // The sums [count][PANEL] of rows from `row` on with a panel become output.
     __attribute__((noinline)) void finish(int row, int count, int panel, const float* sums) const {
         for (int last = row + count; row < last; row++, sums += PANEL) {
@@ -58,7 +67,7 @@ struct Product {
     }
 };
 
-enum Use { ROWS, SCALES };
+enum Use { ROWS, SCALES, STARTS };
 
 // Memory of the calling thread for one use, kept from call to call.
 template <Use, class T>

@@ -21,17 +21,21 @@ struct Normed {
     float factor;
 
     Normed(const T* row, const T* weight, int size, float eps) : row(row), weight(weight) {
-        Floats squares{};
-        for (int i = 0; i < size; i += LANES) {
+        Floats squares[4] = {};  // each addition waits for the one before it: four sums at a time
+        auto add = [&](Floats& squares, int i) {
             const Floats part = load(row + i);
             squares += part * part;
-        }
-        factor = 1.0f / std::sqrt(sum(squares) / float(size) + eps);
+        };
+        int i = 0;
+        for (; i + 4 * LANES <= size; i += 4 * LANES)
+            for (int j = 0; j < 4; j++) add(squares[j], i + j * LANES);
+        for (; i < size; i += LANES) add(squares[0], i);
+        factor = 1.0f / std::sqrt(sum(squares[0] + squares[1] + (squares[2] + squares[3])) / float(size) + eps);
     }
     Floats operator()(int i) const { return load(row + i) * factor * load(weight + i); }
 };
 
 // silu(gate) * up
-inline Floats gated(Floats gate, Floats up) { return gate / (exponential(-gate) + 1.0f) * up; }
+inline Floats gated(Floats gate, Floats up) { return gate * reciprocal(exponential(-gate) + 1.0f) * up; }
 
 }  // namespace causeway
