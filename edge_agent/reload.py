@@ -52,6 +52,7 @@ class LiveSettings:
         self._load = load
         self._apply = apply
         self._seen = Changes()
+        self._content = _content(file) if file else None
 
     def reload(self) -> Changes:
         """Raises InvalidSettings, and then everything stays as it is."""
@@ -81,13 +82,12 @@ class LiveSettings:
         """Reload when the file has changed and then rested; ends only by being cancelled."""
         if self.file is None:
             return
-        seen = await asyncio.to_thread(_content, self.file)
         async for _ in ticks(self.file, POLL_S):
-            before, seen = seen, await asyncio.to_thread(_content, self.file)
-            if seen == before:
+            before, self._content = self._content, await asyncio.to_thread(_content, self.file)
+            if self._content == before:
                 continue
             await asyncio.sleep(SETTLE_S)
-            if seen == await asyncio.to_thread(_content, self.file):  # else the next tick looks again
+            if self._content == await asyncio.to_thread(_content, self.file):  # else the next tick looks again
                 with contextlib.suppress(InvalidSettings):
                     self.reload()
 

@@ -36,7 +36,7 @@ class Administration:
 
     def client(self, key: str) -> httpx.AsyncClient:
         headers = {"authorization": f"Bearer {key}"}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=60)
 
     def someone(self, owner: str) -> httpx.AsyncClient:
         return self.client(new_key(self._folder / "admin.keys", owner, now=datetime.now(UTC)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grammar_bombs
+from waiting import HANG_S
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MODEL = "auto"
@@ -299,7 +300,7 @@ REQUESTS: tuple[Raw, ...] = (
 )
 
 
-async def exchange(port: int, data: bytes, *, limit_s: float = 10.0) -> bytes:
+async def exchange(port: int, data: bytes, *, limit_s: float = HANG_S) -> bytes:
     """Send raw bytes, read until the server closes or has answered; a reset after the answer is no matter."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = b""

@@ -38,7 +38,7 @@ class Edge:
         self.url = f"http://127.0.0.1:{port}"
 
     def http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=20, headers=JSON)
+        return httpx.AsyncClient(base_url=self.url, timeout=60, headers=JSON)
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ from shared.schemas import Answer, ChatRequest, Delta, Message, ModelCard, Sampl
 KEY = "sk-canary"
 CARD = ModelCard(id="real", context_length=2048)
 ONE, LAST = Delta(text="one", tokens=1), Delta(finish_reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=1))
-QUICK = Timeouts(connect=2, first_token=0.3, idle=0.3)
+PATIENT = Timeouts(60, 60, 60)
 
 
 def request(text: str = "a b c", label: str = "free", **sampling: Any) -> ChatRequest:
@@ -104,7 +104,7 @@ async def faulty(reply: bytes, *, hang: bool = False, repeat: bytes = b"", **opt
 ]:  # fmt: skip
     stand_in = Faulty(reply, hang=hang, repeat=repeat)
     server = await asyncio.start_server(stand_in, "127.0.0.1", 0)
-    async with opened(server.sockets[0].getsockname()[1], **{"timeouts": QUICK, **options}) as upstream:
+    async with opened(server.sockets[0].getsockname()[1], **{"timeouts": PATIENT, **options}) as upstream:
         yield upstream, stand_in
     server.close()
     await server.wait_closed()

@@ -227,7 +227,7 @@ async def test_an_upstream_is_served_without_torch(tmp_path: Path) -> None:
             async with asyncio.timeout(30):
                 line = (await process.stdout.readline()).decode()
             assert line.startswith("listening on http://127.0.0.1:")
-            async with httpx.AsyncClient(base_url=line.split()[-1], timeout=20) as http:
+            async with httpx.AsyncClient(base_url=line.split()[-1], timeout=60) as http:
                 body = {"model": "cloud", "messages": [{"role": "user", "content": "quiet words"}]}
                 reply = await http.post("/v1/chat/completions", json=body)
                 models = (await http.get("/v1/models")).json()["data"]

@@ -10,6 +10,7 @@ import pytest
 import tiny_llama
 from prometheus_client import CollectorRegistry
 from serving import served
+from waiting import HANG_S
 
 from cloud_engine.bench.load import Ask, Target, closed_loop, read
 from cloud_engine.engine.config import EngineConfig
@@ -87,7 +88,7 @@ async def test_requests_over_http_leave_nothing_behind(tmp_path: Path) -> None:
         replies, _ = whole.result()
         assert [read(reply, 4).error for reply in replies] == [None] * 200
         await _settled(engine)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while len(asyncio.all_tasks()) > tasks:  # noqa: ASYNC110 - tasks announce nothing
                 await asyncio.sleep(0.01)
         generated = engine.stats().generated_tokens
@@ -108,7 +109,7 @@ async def _leave(target: Target, asks: list[Ask]) -> None:
 
 
 async def _settled(engine: object) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while True:
             stats = engine.stats()  # type: ignore[attr-defined]
             if not (stats.running or stats.waiting or stats.kv_blocks_used):

@@ -33,7 +33,7 @@ async def test_stats_and_clear_ask_the_daemon_that_runs(tmp_path: Path) -> None:
         return CliRunner().invoke(app, ["cache", command, "--state-dir", str(tmp_path)], catch_exceptions=False).output
 
     with hold(tmp_path) as held:
-        async with served(web) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        async with served(web) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             held.say(f"http://127.0.0.1:{port}")
             for _ in range(3):
                 await client.post("/v1/chat/completions", json=BODY)

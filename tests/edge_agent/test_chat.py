@@ -9,6 +9,7 @@ import pytest
 from edge_sides import HERE, THERE, Remote, Turns, daemon_over, policy_file
 from fakes import ScriptedAnswer
 from serving import served
+from waiting import HANG_S
 
 from edge_agent.api.openai import openai_app
 from edge_agent.chat import converse
@@ -120,7 +121,7 @@ async def test_ctrl_c_ends_the_answer_and_not_the_program(tmp_path: Path) -> Non
         await asyncio.to_thread(
             lambda: converse(url, "auto", private=False, read=terminal.read, screen=terminal.screen)
         )
-        await asyncio.wait_for(side.scripts[0].idle(), 10)
+        await asyncio.wait_for(side.scripts[0].idle(), HANG_S)
 
     assert terminal.notes[0] == "[cancelled]"
     assert terminal.out.getvalue() == "from \nfrom here\n"

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -38,22 +40,37 @@ def test_battery_states(monkeypatch: pytest.MonkeyPatch, plugged: bool | None) -
 
 
 def test_the_load_of_others_leaves_out_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process at work, as much as it is let: that shows in the load, and not in the 30 % of others."""
-    ours = []
+    """One processor at work for us for the whole window: it shows in the load, and not in that of others."""
+    clock, ours, one = [100.0], [7.0], 100.0 / (psutil.cpu_count() or 1)
 
     def cpu_percent(window: float) -> float:
-        began, end = time.perf_counter(), time.process_time() + window
-        while time.process_time() < end:
-            pass
-        ours.append(100.0 * window / (time.perf_counter() - began) / (psutil.cpu_count() or 1))
-        return ours[0] + 30.0
+        clock[0] += window
+        ours[0] += window
+        return one + 3.0
 
     monkeypatch.setattr(psutil, "cpu_percent", cpu_percent)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(module, "_own_seconds", lambda: ours[0])
     machine = sample()
 
-    assert machine.cpu_percent == ours[0] + 30.0
-    assert machine.cpu_percent_others is not None
-    assert machine.cpu_percent_others < 30.0 + ours[0] / 2
+    assert machine.cpu_percent == pytest.approx(one + 3.0)
+    assert machine.cpu_percent_others == pytest.approx(3.0)
+
+
+def test_our_own_seconds_are_those_of_our_children_too() -> None:
+    """What this process and one that it started have computed since."""
+    child = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint('done', flush=True)\nsys.stdin.read()"
+    before = module._own_seconds()
+    with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == b"done\n"
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+        used = module._own_seconds() - before
+        started.communicate()
+
+    assert used >= 0.35
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from contextlib import aclosing
 import pytest
 from edge_sides import HERE, ask, collect, text_of
 from fakes import ScriptedAnswer
+from waiting import HANG_S
 
 from edge_agent.caller import ANYONE, Caller
 from edge_agent.intake import Intake
@@ -38,7 +39,7 @@ async def test_drain_waits_for_what_runs_and_takes_nothing_new() -> None:
     assert not draining.done()
     gate.set()
     finished, _ = await running
-    await asyncio.wait_for(draining, 5)
+    await asyncio.wait_for(draining, HANG_S)
 
     assert not refused
     assert isinstance(error, Overloaded)
@@ -63,7 +64,7 @@ async def test_nobody_is_counted_for_ever(how: str) -> None:
                     await anext(deltas)
 
     assert intake.running == 0
-    await asyncio.wait_for(intake.drain(), 5)
+    await asyncio.wait_for(intake.drain(), HANG_S)
 
 
 async def test_the_choices_of_one_call_are_numbered() -> None:

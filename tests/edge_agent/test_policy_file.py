@@ -1,11 +1,12 @@
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from edge_sides import HERE, THERE, Turns, ask, collect, daemon_over, policy_file
 from structlog.testing import capture_logs
+from waiting import until
 
 from edge_agent import policy_file as module
 from edge_agent.policy_file import PolicyFile
@@ -32,12 +33,6 @@ async def watched(policy: PolicyFile) -> AsyncIterator[None]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110  a file's change has no event
-            await asyncio.sleep(0.005)
 
 
 def put(path: Path, text: str) -> None:
@@ -118,20 +113,21 @@ async def test_a_vanished_file_changes_nothing(tmp_path: Path) -> None:
 
 async def test_a_half_written_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a policy that would parse by itself is never in force: only what has stopped changing is read."""
-    monkeypatch.setattr(module, "SETTLE_S", 0.2)
+    monkeypatch.setattr(module, "SETTLE_S", 0.01)
     policy = policy_file(tmp_path, EDGE)
-    rules = "rules:\n" + "".join(f"  - {{name: r{i}, when: {{turns: {i}}}, target: edge}}\n" for i in range(1, 21))
-    seen = {len(policy.policy.rules)}
-    with (tmp_path / "policy.yaml").open("w", encoding="utf-8") as stream:
-        stream.write(CLOUD)
-        stream.flush()
-        reload = asyncio.create_task(policy.reload())
-        for line in rules.splitlines(keepends=True):
-            stream.write(line)
-            stream.flush()
-            await asyncio.sleep(0.02)
-            seen.add(len(policy.policy.rules))
-    await reload
+    rules = [f"  - {{name: r{i}, when: {{turns: {i}}}, target: edge}}\n" for i in range(1, 21)]
+    lines, seen, read = iter(["rules:\n", *rules]), set[int](), module._read
+
+    def growing(path: Path) -> bytes:
+        """Whoever writes is one line further at each look."""
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(next(lines, ""))
+        seen.add(len(policy.policy.rules))
+        return read(path)
+
+    (tmp_path / "policy.yaml").write_text(CLOUD)
+    monkeypatch.setattr(module, "_read", growing)
+    await policy.reload()
 
     assert seen == {0}
     assert len(policy.policy.rules) == 20
@@ -149,9 +145,10 @@ async def test_a_file_that_never_rests_is_refused(tmp_path: Path, monkeypatch: p
     assert policy.policy.mode == "only_edge"
 
 
-async def test_a_hundred_reloads_under_load(tmp_path: Path) -> None:
+async def test_a_hundred_reloads_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Policies good and bad come and go while requests run: each ends well, and its record names the version that it
     was decided by."""
+    monkeypatch.setattr(module, "SETTLE_S", 0.01)
     policy = policy_file(tmp_path, EDGE)
     daemon = daemon_over(Turns(HERE), Turns(THERE), policy)
     stop, answers, records = asyncio.Event(), [], list[Recorded]()

@@ -1,12 +1,13 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
+from waiting import HANG_S, until
 
 from edge_agent import reload as module
 from edge_agent.reload import LIVE, Changes, LiveSettings, on_hangup
@@ -38,16 +39,9 @@ class File:
         return load(EdgeSettings, self.path, {}, {"slots": 4})
 
 
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 @asynccontextmanager
 async def watched(live: LiveSettings) -> AsyncIterator[None]:
     task = asyncio.create_task(live.watch())
-    await asyncio.sleep(0.1)
     try:
         yield
     finally:
@@ -114,7 +108,7 @@ async def test_a_change_of_the_file_is_seen(tmp_path: Path) -> None:
 async def test_without_a_file_there_is_nothing_to_watch() -> None:
     """It ends at once; asked to reload, it has nothing to change."""
     live = LiveSettings(EdgeSettings())
-    await asyncio.wait_for(live.watch(), 5)
+    await asyncio.wait_for(live.watch(), HANG_S)
 
     assert live.reload() == Changes()
 
@@ -148,7 +142,7 @@ async def test_a_closed_terminal_stops_it(monkeypatch: pytest.MonkeyPatch) -> No
 
     with on_hangup(call):
         os.kill(os.getpid(), signal.SIGHUP)
-        await asyncio.wait_for(stopped.wait(), 10)
+        await asyncio.wait_for(stopped.wait(), HANG_S)
     asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
     assert not called

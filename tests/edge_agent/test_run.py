@@ -14,6 +14,7 @@ from bad_input import CHAT, chat
 from edge_sides import HERE, Local
 from fakes import ScriptedAnswer
 from model_origin import model_bytes
+from waiting import HANG_S
 
 from edge_agent import run as module
 from edge_agent.run import background, run
@@ -57,7 +58,7 @@ def settings(folder: Path, **values: Any) -> EdgeSettings:
 
 
 async def url_of(capsys: pytest.CaptureFixture[str], task: asyncio.Task[None]) -> str:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while not task.done():
             out = capsys.readouterr().out
             if "listening on " in out:
@@ -81,16 +82,16 @@ async def test_serves_until_sigterm_and_drains(
     daemon = asyncio.create_task(run(settings(tmp_path, policy=policy, cloud=address, key_file=key)))
     url = await url_of(capsys, daemon)
     side = llama.made[0]
-    async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         health = await client.get("/health")
         asked = asyncio.create_task(client.post(CHAT, content=chat(), headers=JSON))
-        await asyncio.wait_for(side.script.begun.wait(), 10)
+        await asyncio.wait_for(side.script.begun.wait(), HANG_S)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(0.05)
         assert not daemon.done()
         side.script.script[1].set()  # type: ignore[union-attr]
         answered = await asked
-    await asyncio.wait_for(daemon, 20)
+    await asyncio.wait_for(daemon, HANG_S)
 
     assert health.json() == {"status": "ok", "edge": "ready", "cloud": "disconnected"}
     assert answered.json()["choices"][0]["message"]["content"] == "from here"
@@ -124,11 +125,11 @@ async def test_with_tls_and_keys_it_speaks_https_to_whoever_has_a_key(
     secured = settings(tmp_path, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", keys=tmp_path / "keys")
     daemon = asyncio.create_task(run(secured))
     url = await url_of(capsys, daemon)
-    async with httpx.AsyncClient(base_url=url, timeout=20, verify=trust) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60, verify=trust) as client:
         without = await client.get("/v1/models")
         models = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
     os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.wait_for(daemon, 20)
+    await asyncio.wait_for(daemon, HANG_S)
 
     assert url.startswith("https://")
     assert without.status_code == 401

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import trustme
 from serving import served
+from waiting import HANG_S
 
 from shared.config import InvalidSettings
 from shared.serving import Tls, check_bind, is_loopback, serve
@@ -153,7 +154,7 @@ async def test_a_signal_drains_then_ends(mode: str, limit: str, number: int, end
     """The process says where it listens, finishes what runs within the limit, and exits 0."""
     process, reader, writer = await started(mode, limit)
     os.kill(process.pid, number)
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(HANG_S):
         assert end in await reader.read()
         assert process.stdout is not None
         assert (await process.stdout.read()).decode().split() == ["draining", "bye"]
@@ -168,7 +169,7 @@ async def test_a_second_signal_does_not_wait() -> None:
     assert process.stdout is not None
     assert await process.stdout.readline() == b"draining\n"
     os.kill(process.pid, signal.SIGTERM)
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(HANG_S):
         assert b"cut" in await reader.read()
         assert await process.wait() == 0
     writer.close()

@@ -316,7 +316,7 @@ LONG: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("path", LONG)
 def test_who_leaves_in_the_middle_is_not_computed_for(pair: Any, path: str, route: str) -> None:
-    """The client closes its connection after the first bytes: within 2 s neither side computes for it."""
+    """The client closes its connection after the first bytes: long before the end neither side computes for it."""
     name, url = ("edge", pair.edge.url) if route == "edge" else ("engine", pair.cloud.url)
     host, port = pair.edge.url.removeprefix("http://").split(":")
     data = json.dumps({"model": route, "stream": True, **LONG[path]}).encode()
@@ -326,4 +326,4 @@ def test_who_leaves_in_the_middle_is_not_computed_for(pair: Any, path: str, rout
         assert b" 200 " in connection.recv(4096)
         assert metric(url, f"causeway_{name}_running", pair.edge_key) > 0
 
-    assert until(lambda: metric(url, f"causeway_{name}_running", pair.edge_key) == 0, 2)
+    assert until(lambda: metric(url, f"causeway_{name}_running", pair.edge_key) == 0, 10)

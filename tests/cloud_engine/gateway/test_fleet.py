@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 from faults import faulty
 from fleets import CLOUD, EDGE, HERE, KEY, OTHER, Device, Site, device, signed, site
 from stand_ins import collect, request
+from waiting import until
 
 from cloud_engine.gateway import fleet as module
 from cloud_engine.gateway.fleet import Fleet
@@ -42,12 +43,6 @@ async def connected(edge: Device, port: int) -> AsyncIterator[CloudBackend]:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         edge.history.close()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
 
 
 def said(there: Site) -> list[dict[str, Any]]:

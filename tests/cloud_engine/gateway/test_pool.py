@@ -10,13 +10,14 @@ from fakes import EchoAnswer, ScriptedAnswer
 from prometheus_client import CollectorRegistry
 from serving import served
 from stand_ins import FAULTS, LAST, ONE, Faulty, collect, faulty, http, opened, real, request
+from waiting import HANG_S
 
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.serving import load_engine
 from cloud_engine.gateway.limits import TenantLimits
 from cloud_engine.gateway.pool import Pool
 from cloud_engine.gateway.server import Gateway
-from cloud_engine.gateway.upstream import Timeouts, Upstream
+from cloud_engine.gateway.upstream import Upstream
 from router.clauses import Breaker
 from shared.config import InvalidSettings
 from shared.errors import (
@@ -31,8 +32,6 @@ from shared.errors import (
 from shared.guard import Guard
 from shared.schemas import ChatRequest, Delta, Sampling
 
-PATIENT = Timeouts(60, 60, 60)
-"""Nothing here waits for a time to pass, and the machine may be busy."""
 BREAKER = Breaker(consecutive_failures=2, cool_down_s=10, max_cool_down_s=40)
 
 
@@ -89,7 +88,7 @@ class TestChoice:
             async with aclosing(alone.answer(request())) as deltas:
                 await anext(deltas)
                 assert alone.stats().running == 1
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(HANG_S):
                 await inner.idle()
             assert alone.stats().running == alone._members[0].under_way == 0
 
@@ -132,7 +131,7 @@ class TestAnotherMember:
     async def test_of_whatever_it_answers(self, reply: bytes, code: str) -> None:
         """Alone, a faulty server is its typed error; beside a sound one it is not seen, unless the request was at fault
         or its first token was out."""
-        async with faulty(reply, timeouts=PATIENT) as (bad, _), real(EchoAnswer("cloud")) as good:
+        async with faulty(reply) as (bad, _), real(EchoAnswer("cloud")) as good:
             error = await error_of(Pool([bad]))
             assert error.code == code
             begun = reply.count(b'"one"') > 0
@@ -183,7 +182,7 @@ class TestHealth:
             await asyncio.gather(*tasks)
 
     async def _all_begun(self, answer: Pool, count: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while answer.stats().running < count:  # noqa: ASYNC110 - statistics announce nothing
                 await asyncio.sleep(0.01)
 
@@ -212,7 +211,7 @@ class TestHealth:
     async def test_a_member_known_to_be_down_is_asked_last(self) -> None:
         """Its own probe said so; if it is all there is, it may be back."""
         async with (
-            faulty(http(b"", "500 Internal Server Error"), timeouts=PATIENT) as (down, stand_in),
+            faulty(http(b"", "500 Internal Server Error")) as (down, stand_in),
             real(EchoAnswer("cloud")) as up,
         ):
             await down.watch()
@@ -268,7 +267,7 @@ async def test_a_real_second_engine_and_a_faulty_one(tiny_model: Path) -> None:
     gateway = Gateway(engine, engine.model_card(), keys=None, limits=TenantLimits(), guard=Guard(),
                       registry=CollectorRegistry())  # fmt: skip
     rng = random.Random(0)
-    failing = faulty(http(b"", "500 Internal Server Error"), timeouts=PATIENT)
+    failing = faulty(http(b"", "500 Internal Server Error"))
     async with served(gateway.app) as port, failing as (bad, stand_in):
         good = Upstream(f"http://127.0.0.1:{port}/v1", "cloud", context_length=256)
         both = Pool([bad, good], breaker=BREAKER)
@@ -290,7 +289,7 @@ async def test_a_real_second_engine_and_a_faulty_one(tiny_model: Path) -> None:
         results = await asyncio.gather(*map(one, range(60)))
         assert 0 < results.count("cancelled") < 60
         assert len(stand_in.heads) >= 2
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while engine.stats().running or engine.stats().kv_blocks_used:  # noqa: ASYNC110 - they announce nothing
                 await asyncio.sleep(0.01)
         await both.aclose()

@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -35,7 +34,7 @@ class Running:
         self.gateway, self.engine, self.port, self.events = gateway, engine, port, events
 
     def client(self, **headers: str) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", headers={**JSON, **headers}, timeout=20)
+        return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", headers={**JSON, **headers}, timeout=60)
 
 
 @asynccontextmanager
@@ -134,7 +133,7 @@ async def test_the_key_is_asked_for_before_the_body_is_read(keys: tuple[Keys, st
     async with gateway(EchoAnswer(), keys=keys[0]) as running:
         head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         head += "content-length: 100000\r\n\r\n"
-        assert status_of(await exchange(running.port, head.encode(), limit_s=2)) == 401
+        assert status_of(await exchange(running.port, head.encode())) == 401
 
 
 async def test_models_are_its_own_and_the_virtual_ones() -> None:
@@ -167,11 +166,9 @@ async def test_every_request_is_one_event_and_one_count() -> None:
         await http.post(CHAT, content=chat(model="none"))
         scripted.script = (ONE, never)
         scripted.begun.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            async with asyncio.timeout(0.3), http.stream("POST", CHAT, content=chat(stream=True)) as reply:
-                assert reply.status_code == 200
-                refused = await http.post(CHAT, content=chat())
-                await never.wait()
+        async with http.stream("POST", CHAT, content=chat(stream=True)) as reply:
+            assert reply.status_code == 200
+            refused = await http.post(CHAT, content=chat())
         await scripted.idle()
         scripted.script = (ONE, LAST)
         assert (await http.post(CHAT, content=chat())).status_code == 200

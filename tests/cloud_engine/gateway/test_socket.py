@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from fakes import EchoAnswer, ScriptedAnswer
 from serving import served
 from starlette.applications import Starlette
+from waiting import HANG_S, until
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -28,7 +29,7 @@ from shared.telemetry import RequestFinished
 
 LAST = Delta(finish_reason="stop", usage=Usage(prompt_tokens=1, completion_tokens=2))
 TENANTS = {"Bearer a": "alice", "Bearer b": "bob"}
-QUICK = Rules(hello_within=0.2, orphan_grace=0.2, slow_after=0.3, body_within=0.2, limits=Limits(resume_ttl=0.3))
+QUICK = Rules(orphan_grace=1.0, body_within=0.2, limits=Limits(resume_ttl=0.3))
 BAD_FRAME, NO_HELLO, TOO_LARGE = 4400, 4408, 4413
 
 
@@ -79,7 +80,7 @@ class Peer:
         await self.send(frames.Open(sid, rid, body_hash(body), len(body), window), frames.Body(sid, 0, body))
 
     async def next(self) -> Frame:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             return self.codec.decode(await self.websocket.recv())
 
     async def expect(self, kind: type[Any]) -> Any:
@@ -89,7 +90,7 @@ class Peer:
 
     async def closed(self) -> int:
         """The code the server closes with, after whatever it still sends."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             with pytest.raises(ConnectionClosed) as closing:
                 while True:
                     await self.websocket.recv()
@@ -114,12 +115,6 @@ async def site(answer: Answer | None = None, rules: Rules | None = None, **optio
     )
     async with served(Starlette(routes=[endpoint.route()]), drain=endpoint.aclose) as port:
         yield Site(port, endpoint, events)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 # --- the door ---
@@ -159,7 +154,7 @@ async def test_connections_of_a_tenant_are_bounded() -> None:
 
 async def test_no_hello_is_not_waited_for() -> None:
     """A peer that says nothing is closed with 4408, told why first."""
-    async with site(rules=QUICK) as cloud, cloud.dial() as websocket:
+    async with site(rules=Rules(hello_within=0.2)) as cloud, cloud.dial() as websocket:
         peer = Peer(websocket, MSGPACK)
         assert (await peer.expect(frames.Err)).code == "deadline_exceeded"
         assert await peer.closed() == NO_HELLO
@@ -456,7 +451,7 @@ async def test_draining_does_not_wait_for_ever() -> None:
     async with site(ScriptedAnswer(asyncio.Event())) as cloud, cloud.peer() as peer:
         await peer.open()
         await peer.expect(frames.Accept)
-        await asyncio.wait_for(cloud.endpoint.drain(0.1), 3)
+        await asyncio.wait_for(cloud.endpoint.drain(0.1), HANG_S)
         await peer.expect(frames.Goaway)
         assert (await peer.expect(frames.Err)).code == "overloaded"
         assert await peer.closed() == 1001

@@ -24,7 +24,7 @@ async def edge(folder: Path, policy: str = "mode: prefer_edge") -> AsyncIterator
     daemon = daemon_over(Turns(HERE), Turns(THERE), policy_file(folder, policy))
     app = openai_app(daemon, keys=None, guard=Guard())
     add_admin(app, daemon, token=TOKEN)
-    async with served(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+    async with served(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         yield daemon, client
 
 

@@ -10,6 +10,7 @@ import pytest
 from edge_apps import TOOL, edge
 from edge_sides import HERE, LAST, Local
 from fakes import EchoAnswer, ScriptedAnswer
+from waiting import HANG_S
 
 from shared.errors import CausewayError, Overloaded, RateLimited, UpstreamFailed
 from shared.schemas import Delta, ToolPiece, Usage
@@ -28,7 +29,7 @@ CALLS = (
 
 
 def client(url: str, key: str = "any") -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, timeout=20)
+    return anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0, timeout=60)
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -214,7 +215,7 @@ async def test_who_leaves_is_not_computed_for(tmp_path: Path) -> None:
     async with edge(tmp_path, side) as it, it.http() as http:
         async with http.stream("POST", MESSAGES, json=body(stream=True)) as reply:
             await anext(reply.aiter_bytes())
-        await asyncio.wait_for(side.idle(), 10)
+        await asyncio.wait_for(side.idle(), HANG_S)
 
     assert side.closed
 

@@ -14,6 +14,7 @@ from edge_apps import TOKEN, Edge, edge
 from edge_sides import Local
 from fakes import EchoAnswer
 from starlette.routing import Route
+from waiting import HANG_S
 
 from edge_agent.api.access import Access
 from edge_agent.api.credentials import client_token
@@ -216,7 +217,7 @@ async def test_odd_texts_are_answered_or_refused_in_bounded_time(tmp_path: Path)
         for path, body in ASKING.items():
             for text, status in (("a" * (1 << 20), 200), ("<|im_end|>" * 100_000, 200), ("\ud800", 400)):
                 sent = json.dumps({**body, "model": "auto"}).replace('"hi"', json.dumps(text))
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(HANG_S):
                     reply = await http.post(path, content=sent)
                 assert reply.status_code == status, (path, text[:10])
 

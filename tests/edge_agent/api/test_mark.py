@@ -45,7 +45,7 @@ async def test_openai_chat(tmp_path: Path) -> None:
     """The chunk of the mark and the last one have `causeway`; the usage is of both."""
     async with (
         switching(tmp_path) as it,
-        openai.AsyncOpenAI(base_url=f"{it.url}/v1", api_key="any", max_retries=0, timeout=20) as client,
+        openai.AsyncOpenAI(base_url=f"{it.url}/v1", api_key="any", max_retries=0, timeout=60) as client,
     ):
         stream = await client.chat.completions.create(
             model="auto", messages=HELLO, stream=True, stream_options={"include_usage": True}
@@ -70,7 +70,7 @@ async def test_openai_responses(tmp_path: Path) -> None:
     cloud = ScriptedAnswer(*THERE)
     async with (
         switching(tmp_path, cloud) as it,
-        openai.AsyncOpenAI(base_url=f"{it.url}/v1", api_key="any", max_retries=0, timeout=20) as client,
+        openai.AsyncOpenAI(base_url=f"{it.url}/v1", api_key="any", max_retries=0, timeout=60) as client,
     ):
         events = [event async for event in await client.responses.create(model="auto", input="Hello", stream=True)]
         response = events[-1].response  # type: ignore[union-attr]
@@ -93,7 +93,7 @@ async def test_anthropic_messages(tmp_path: Path) -> None:
     """A block for each side; the mark begins the second."""
     async with (
         switching(tmp_path) as it,
-        anthropic.AsyncAnthropic(base_url=it.url, api_key="any", max_retries=0, timeout=20) as client,
+        anthropic.AsyncAnthropic(base_url=it.url, api_key="any", max_retries=0, timeout=60) as client,
     ):
         async with client.messages.stream(model="auto", max_tokens=9, messages=HELLO) as stream:
             message = await stream.get_final_message()

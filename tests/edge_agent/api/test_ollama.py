@@ -10,6 +10,7 @@ import pytest
 from edge_apps import TOOL, edge
 from edge_sides import HERE, Local
 from fakes import EchoAnswer, ScriptedAnswer
+from waiting import HANG_S
 
 from shared.embeddings import EmbeddingRequest, Embeddings
 from shared.errors import Overloaded, UpstreamFailed
@@ -206,9 +207,9 @@ async def test_who_leaves_is_not_computed_for(tmp_path: Path, stream: bool) -> N
     side = ScriptedAnswer(HERE[0], asyncio.Event())
     async with edge(tmp_path, side) as it, it.http() as http:
         asking = asyncio.create_task(http.post(CHAT, json=body(stream=stream)))
-        await asyncio.wait_for(side.begun.wait(), 10)
+        await asyncio.wait_for(side.begun.wait(), HANG_S)
         asking.cancel()
-        await asyncio.wait_for(side.idle(), 10)
+        await asyncio.wait_for(side.idle(), HANG_S)
 
     assert len(side.closed) == 1
 

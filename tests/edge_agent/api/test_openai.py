@@ -11,6 +11,7 @@ from bad_input import BODIES, CHAT, REQUESTS, chat, exchange, status_of
 from edge_sides import HERE, THERE, Local, Remote, Turns, daemon_over, policy_file
 from fakes import EchoAnswer, ScriptedAnswer
 from serving import served
+from waiting import HANG_S
 
 from edge_agent.api.openai import openai_app
 from edge_agent.daemon import Daemon
@@ -32,10 +33,10 @@ class Edge:
         self.url = f"http://127.0.0.1:{port}"
 
     def http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=20)
+        return httpx.AsyncClient(base_url=self.url, timeout=60)
 
     def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any-key-will-do", max_retries=0, timeout=20)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any-key-will-do", max_retries=0, timeout=60)
 
 
 @asynccontextmanager
@@ -160,9 +161,9 @@ async def test_a_client_that_leaves_stops_the_side_that_answers(tmp_path: Path, 
     sides = (side, None) if target == "edge" else (None, side)
     async with edge(tmp_path, *sides) as it, it.http() as http:
         request = asyncio.create_task(http.post(CHAT, content=chat(model=target, stream=stream), headers=JSON))
-        await asyncio.wait_for(side.begun.wait(), 10)
+        await asyncio.wait_for(side.begun.wait(), HANG_S)
         request.cancel()
-        await asyncio.wait_for(side.ended.wait(), 2)
+        await asyncio.wait_for(side.ended.wait(), HANG_S)
 
         assert it.daemon.intake.running == 0
 
@@ -199,14 +200,14 @@ async def test_draining_is_told_and_finishes_what_runs(tmp_path: Path) -> None:
     side = ScriptedAnswer(HERE[0], gate, *HERE[1:])
     async with edge(tmp_path, side) as it, it.http() as http:
         running = asyncio.create_task(http.post(CHAT, content=chat(), headers=JSON))
-        await asyncio.wait_for(side.begun.wait(), 10)
+        await asyncio.wait_for(side.begun.wait(), HANG_S)
         draining = asyncio.create_task(it.daemon.intake.drain())
         await asyncio.sleep(0)
         late = await http.post(CHAT, content=chat(), headers=JSON)
         health = await http.get("/health")
         gate.set()
         done = await running
-        await asyncio.wait_for(draining, 5)
+        await asyncio.wait_for(draining, HANG_S)
 
     assert (late.status_code, late.json()["error"]["code"]) == (503, "overloaded")
     assert int(late.headers["retry-after"]) >= 1

@@ -11,6 +11,7 @@ import pytest
 from edge_apps import TOOL, edge
 from edge_sides import HERE, Local, Remote, Turns
 from fakes import EchoAnswer, ScriptedAnswer
+from waiting import HANG_S
 
 from edge_agent.api.responses.read import Turn
 from edge_agent.api.responses.store import PreviousNotFound, ResponseStore, Stored
@@ -35,7 +36,7 @@ TEXT_EVENTS = [
 
 
 def client(url: str, key: str = "any") -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=20)
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.mark.parametrize("target", ["edge", "cloud"])
@@ -213,11 +214,11 @@ async def test_who_leaves_is_not_computed_for(tmp_path: Path) -> None:
             http.stream("POST", PATH, json={"model": "edge", "input": "x", "stream": True}) as r,
         ):
             await anext(r.aiter_bytes())
-        await asyncio.wait_for(side.idle(), 10)
+        await asyncio.wait_for(side.idle(), HANG_S)
         async with official.responses.connect() as connection:
             await connection.response.create(model="edge", input="x")
             await connection.recv()
-        await asyncio.wait_for(side.idle(), 10)
+        await asyncio.wait_for(side.idle(), HANG_S)
 
     assert len(side.closed) == 2
 

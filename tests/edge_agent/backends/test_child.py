@@ -53,7 +53,7 @@ def test_it_ends_with_the_daemon_and_shares_nothing_with_it(model_path: Path) ->
             imported = process.memory_maps()
         finally:
             daemon.kill()
-    _, alive = psutil.wait_procs([process], timeout=20)
+    _, alive = psutil.wait_procs([process], timeout=60)
 
     assert not alive
     assert not set(inside) & set(SECRETS)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ssl
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from fakes import EchoAnswer, ScriptedAnswer
 from faults import Proxy, faulty
 from serving import served
 from starlette.applications import Starlette
+from waiting import HANG_S, until
 
 from cloud_engine.gateway.socket import SocketEndpoint
 from edge_agent.backends.cloud import CloudBackend
@@ -38,7 +38,8 @@ from shared.streams import ClientRules
 
 KEY = "cw-test-secret"
 LAST = Delta(finish_reason="stop", usage=Usage(prompt_tokens=1, completion_tokens=2))
-QUICK = ClientRules(ping_every=0.1, silent_after=0.5, welcome_within=0.5, ack_within=0.02)
+RULES = ClientRules(ping_every=0.1, ack_within=0.02)
+QUICK = replace(RULES, silent_after=0.5, welcome_within=0.5)
 
 
 def ask(request_id: str = "r1", prompt: str = "one two three", label: Label = "free") -> ChatRequest:
@@ -76,7 +77,7 @@ async def site(answer: Answer, *, rules: Rules | None = None) -> AsyncIterator[S
     async with served(Starlette(routes=[endpoint.route()]), drain=endpoint.aclose) as port, faulty(port) as proxy:
 
         def make(key: str = KEY, **options: Any) -> CloudBackend:
-            options = {"jitter": lambda: 0.1, "rules": QUICK} | options
+            options = {"jitter": lambda: 0.1, "rules": RULES} | options
             made.append(CloudBackend(f"ws://127.0.0.1:{proxy.port}", key, **options))
             return made[-1]
 
@@ -93,13 +94,6 @@ async def collect(backend: CloudBackend, request: ChatRequest) -> list[Delta]:
 
 def text_of(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait, for at most five seconds, for something that has no event of its own."""
-    async with asyncio.timeout(5):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("subprotocol", SUBPROTOCOLS)
@@ -173,7 +167,7 @@ async def test_a_silent_network_is_noticed() -> None:
     """Packets that vanish, without a close: found by our own ping, and the stream goes on elsewhere."""
     gate = asyncio.Event()
     async with site(ScriptedAnswer(*words(3), gate, *words(3), LAST)) as cloud:  # noqa: SIM117
-        async with aclosing(cloud.backend.answer(ask())) as deltas:
+        async with aclosing(cloud.make(rules=QUICK).answer(ask())) as deltas:
             got = [await anext(deltas)]
             cloud.proxy.black_hole = True
             gate.set()
@@ -196,15 +190,13 @@ async def test_slow_and_sliced_bytes_change_nothing() -> None:
 
 
 async def test_nobody_there_is_said_at_once() -> None:
-    """A refused connection before the first token: Unreachable, retryable, in much less than the timeout."""
+    """A refused connection before the first token: Unreachable, retryable, without waiting for the timeout."""
     async with site(EchoAnswer()) as cloud:
         cloud.proxy.refuse = True
-        start = time.monotonic()
         with pytest.raises(Unreachable) as failure:
-            await collect(cloud.backend, ask())
+            await collect(cloud.make(connect_timeout=2 * HANG_S), ask())
 
     assert failure.value.retryable
-    assert time.monotonic() - start < 2.5
     assert cloud.proxy.happened["refused"]
     assert not cloud.answer.requests
 
@@ -223,7 +215,7 @@ async def test_no_first_token_in_time() -> None:
     """DeadlineExceeded, and the cloud stops computing."""
     async with site(ScriptedAnswer(asyncio.Event())) as cloud:
         with pytest.raises(DeadlineExceeded) as failure:
-            await collect(cloud.make(first_token_timeout=0.1), ask())
+            await collect(cloud.make(first_token_timeout=1.0), ask())
         await until(lambda: cloud.endpoint.running == 0 and cloud.endpoint.held == 0)
 
     assert failure.value.retryable
@@ -233,7 +225,7 @@ async def test_no_first_token_in_time() -> None:
 async def test_lost_before_the_first_token_is_given_back() -> None:
     """Accepted, then cut off for longer than it is worth waiting: Unreachable, so that the edge may answer itself."""
     async with site(ScriptedAnswer(asyncio.Event())) as cloud:
-        backend = cloud.make(rules=replace(QUICK, reattach_within=0.2))
+        backend = cloud.make(rules=replace(RULES, reattach_within=0.2))
         asked = asyncio.create_task(collect(backend, ask()))
         await cloud.answer.begun.wait()
         cloud.proxy.refuse = True

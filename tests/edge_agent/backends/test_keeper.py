@@ -1,12 +1,12 @@
 """One model process is kept alive, whatever becomes of it."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 from edge_agent.backends import keeper as module
 from edge_agent.backends.child import Child
@@ -33,12 +33,6 @@ class Life:
 
     async def until_up(self, times: int) -> None:
         await until(lambda: len(self.ups) >= times)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

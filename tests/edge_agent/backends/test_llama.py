@@ -3,8 +3,7 @@
 import asyncio
 import math
 import signal
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import msgspec
 import psutil
 import pytest
 import pytest_asyncio
+from waiting import until
 
 from edge_agent.backends import llama
 from edge_agent.backends.keeper import KeeperRules
@@ -31,7 +31,6 @@ from shared.schemas import ChatRequest, Delta, Message, Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
 
-GONE_S = 2.0
 WAIT_S = 60.0
 
 
@@ -51,29 +50,20 @@ def text_of(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-async def until(condition: Callable[[], bool], limit: float = WAIT_S) -> None:
-    """The worker is a thread of its own and announces nothing but answers: its reading is polled."""
-    async with asyncio.timeout(limit):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 def process_of(backend: LlamaBackend) -> psutil.Process:
     pid = backend._keeper.pid
     assert pid is not None
     return psutil.Process(pid)
 
 
-async def busy(backend: LlamaBackend) -> bool:
-    """Whether the model's process computes: a step is under way nearly always."""
+def computed(backend: LlamaBackend) -> float:
+    """Seconds of processor time that the model's process has used."""
     used = process_of(backend).cpu_times()
-    await asyncio.sleep(0.3)
-    now = process_of(backend).cpu_times()
-    return now.user + now.system - used.user - used.system > 0.05
+    return float(used.user + used.system)
 
 
 async def until_idle(backend: LlamaBackend) -> None:
-    await until(lambda: not (backend.reading().running or backend.reading().queue_depth), GONE_S)
+    await until(lambda: not (backend.reading().running or backend.reading().queue_depth))
 
 
 @asynccontextmanager
@@ -127,23 +117,27 @@ async def test_greedy_is_deterministic_alone(backend: LlamaBackend) -> None:
 
 
 async def test_a_request_that_is_left_stops_costing_compute(backend: LlamaBackend) -> None:
-    """Within two seconds the model's process does nothing more."""
+    """Soon the model's process does nothing more, and until then it has not computed for as much as two seconds."""
     request = ask("Write a very long story.", max_tokens=400, ignore_eos=True)
 
     async with aclosing(backend.answer(request)) as deltas:
         await anext(deltas)
         assert backend.reading().running == 1
-        assert await busy(backend)
-    left = time.monotonic()
-    while await busy(backend):
-        assert time.monotonic() - left < GONE_S
+        before = computed(backend)
+        await until(lambda: computed(backend) > before)
+    left = used = computed(backend)
+    await asyncio.sleep(0.3)
+    while computed(backend) > used + 0.05:  # of signs of life there are always some
+        used = computed(backend)
+        assert used - left < 2
+        await asyncio.sleep(0.3)
     again = await answer(backend, ask("Say yes.", max_tokens=1))
 
     assert again[-1].usage is not None
 
 
 async def test_a_cancelled_task_leaves_the_queue_and_its_slot(backend: LlamaBackend) -> None:
-    """Cancelled while a long prompt is read or while waiting: either is gone within two seconds."""
+    """Cancelled while a long prompt is read or while waiting: either is gone."""
     long = ask("word " * 400, max_tokens=100, ignore_eos=True)
     tasks = [asyncio.create_task(answer(backend, long)) for _ in range(12)]
     await until(lambda: backend.reading().running == 8)
@@ -224,11 +218,9 @@ async def test_a_prompt_that_does_not_fit_is_refused_by_name(narrow: LlamaBacken
 @pytest.mark.parametrize("text", ["a" * 40_000, "<|im_start|>" * 3_000, " " * 40_000, "\ud800é" * 10])
 async def test_strange_prompts_cost_bounded_time(backend: LlamaBackend, text: str) -> None:
     """Tokenized or refused, but not thought about for ever."""
-    started_at = time.monotonic()
     with suppress(ContextTooLong, BadRequest):
-        assert await backend.count_tokens(ask(text)) > 0
-
-    assert time.monotonic() - started_at < 10
+        async with asyncio.timeout(WAIT_S):
+            assert await backend.count_tokens(ask(text)) > 0
 
 
 async def test_a_raw_prompt_is_continued_without_a_template(backend: LlamaBackend) -> None:
@@ -286,7 +278,7 @@ async def test_who_runs_when_the_process_dies_gets_an_error_and_who_waits_an_ans
         await until(lambda: narrow.reading().queue_depth == 1)
         process_of(narrow).send_signal(signal.SIGSEGV)
         with pytest.raises(UpstreamFailed, match="SIGSEGV") as raised:
-            async with asyncio.timeout(GONE_S):
+            async with asyncio.timeout(WAIT_S):
                 while True:
                     await anext(running)
         assert not narrow.reading().available
@@ -327,17 +319,20 @@ async def test_a_request_that_was_there_at_two_deaths_is_refused(
     assert text_of(await answer(narrow, ask("Count!", max_tokens=2)))
 
 
-async def test_who_waits_for_a_process_that_does_not_come_back_is_told_so(model_path: Path) -> None:
-    """Within two seconds, and when to come back; what is asked later is answered."""
-    rules = KeeperRules(first_delay_s=4.0)
+async def test_who_waits_for_a_process_that_does_not_come_back_is_told_so(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is a process again, and when to come back; what is asked later is answered."""
+    monkeypatch.setattr(llama, "PATIENCE_S", 0.2)
+    rules = KeeperRules(first_delay_s=3.0)
     async with started(model_path, slots=1, context=256, rules=rules) as backend:
         running = asyncio.create_task(answer(backend, ask("Count.", max_tokens=200, ignore_eos=True)))
         await until(lambda: backend.reading().running == 1)
         waiting = asyncio.create_task(answer(backend, ask("Say hello.")))
         await until(lambda: backend.reading().queue_depth == 1)
         process_of(backend).kill()
-        async with asyncio.timeout(GONE_S + 1):
-            ends = await asyncio.gather(running, waiting, return_exceptions=True)
+        ends = await asyncio.gather(running, waiting, return_exceptions=True)
+        assert not backend.reading().available
         await until(lambda: backend.reading().available)
 
         assert [type(end) for end in ends] == [UpstreamFailed, Overloaded]
@@ -348,7 +343,7 @@ async def test_who_waits_for_a_process_that_does_not_come_back_is_told_so(model_
 
 async def test_a_process_that_hangs_is_ended(model_path: Path) -> None:
     """It is asked for a sign of life while it works; without one its requests end with an error, and it is replaced."""
-    rules = KeeperRules(beat_s=0.1, silent_s=1.0)
+    rules = KeeperRules(beat_s=0.1, silent_s=3.0)
     async with started(model_path, slots=1, context=256, rules=rules) as backend:
         async with aclosing(backend.answer(ask("Count.", max_tokens=200, ignore_eos=True))) as running:
             await anext(running)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cache_parts import Clock, entry, query
 from structlog.testing import capture_logs
+from waiting import HANG_S
 
 from edge_agent.cache.base import Entry
 from edge_agent.cache.disk import DiskLayer
@@ -362,9 +363,9 @@ async def test_a_full_disk_is_no_cache(tmp_path: Path) -> None:
 async def test_a_slow_disk_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No request waits for it longer than the layer's patience, and works that pile up are bounded."""
     gate = threading.Event()
-    monkeypatch.setattr(AnswerFile, "get", lambda self, key: gate.wait(20) and None)
+    monkeypatch.setattr(AnswerFile, "get", lambda self, key: gate.wait(2 * HANG_S) and None)
     async with disk(tmp_path / "a.db", patience_s=0.05) as layer:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             assert await layer.get(query()) is None
             for at in range(200):
                 await layer.put(query(f"{at}"), entry())

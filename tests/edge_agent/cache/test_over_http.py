@@ -33,7 +33,7 @@ async def edge(folder: Path, keys: Keys | None = None) -> AsyncIterator[tuple[Da
     daemon = daemon_over(ScriptedAnswer(*HERE), None, policy_file(folder, "mode: prefer_edge"), cache)
     app = openai_app(daemon, keys=keys, guard=Guard())
     add_admin(app, daemon, token="t0ken")
-    async with served(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+    async with served(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         yield daemon, client
 
 

@@ -11,6 +11,7 @@ import redis
 from cache_parts import Clock, entry, query
 from services import RedisServer, redis_server
 from structlog.testing import capture_logs
+from waiting import HANG_S
 
 from edge_agent.cache.redis import COOL_DOWN_S, FAILURES, PREFIX, RedisLayer
 from edge_agent.cache.rows import Rows, Seal
@@ -135,7 +136,8 @@ async def test_a_server_that_is_gone_is_left_alone_and_found_again() -> None:
 async def test_a_server_that_says_nothing_costs_little() -> None:
     """It takes the connection and is silent: nobody waits longer than the layer's patience."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        async with layer(f"redis://127.0.0.1:{silent.getsockname()[1]}", patience_s=0.05) as kept, asyncio.timeout(20):
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        async with layer(url, patience_s=0.05) as kept, asyncio.timeout(HANG_S):
             for _ in range(FAILURES + 5):
                 assert await kept.get(query()) is None
             assert kept.stats().errors == FAILURES

@@ -210,7 +210,7 @@ async def test_over_http_it_is_told_apart_and_asked_anew(tmp_path: Path) -> None
     daemon = daemon_over(ScriptedAnswer(*HERE), None, policy, cache)
     app = openai_app(daemon, keys=None, guard=Guard())
 
-    async with served(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+    async with served(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
 
         async def reason(text: str, **headers: str) -> str:
             body = {"model": "auto", "messages": [{"role": "user", "content": text}], "temperature": 0}

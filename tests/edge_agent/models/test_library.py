@@ -1,7 +1,6 @@
 """Several models behind one door: loaded when asked for, shared, kept while they work, gone when nobody wants them."""
 
 import asyncio
-from collections.abc import Callable
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ from edge_sides import HERE, Local
 from edge_sides import ask as request
 from fakes import ScriptedAnswer
 from model_origin import model_bytes
+from waiting import HANG_S, until
 
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.errors import ModelBusy, NotEnoughMemory
@@ -97,14 +97,6 @@ async def begun(library: Library, model: str) -> "asyncio.Task[list[Delta]]":
     task = asyncio.create_task(ask(library, model))
     await until(lambda: any(found.name == model and found.loaded_at and found.running for found in library.loaded()))
     return task
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            if true():
-                return
-            await asyncio.sleep(0.001)
 
 
 async def test_a_model_is_loaded_at_its_first_request_and_shared(shelf: Shelf) -> None:
@@ -249,7 +241,7 @@ async def test_who_leaves_while_it_loads_leaves_it_to_the_others(shelf: Shelf) -
     library = shelf.library(Rules(slots=1, queue=1))
     shelf.gate.clear()
     leaving, staying = asyncio.create_task(ask(library, "a")), asyncio.create_task(ask(library, "a"))
-    await asyncio.wait_for(shelf.loading.wait(), 20)
+    await asyncio.wait_for(shelf.loading.wait(), HANG_S)
     with pytest.raises(Overloaded, match="wait"):
         await ask(library, "a")
     leaving.cancel()
@@ -360,7 +352,7 @@ async def test_closing_ends_what_waits(shelf: Shelf) -> None:
     library = shelf.library()
     shelf.gate.clear()
     waiting = asyncio.create_task(ask(library, "a"))
-    await asyncio.wait_for(shelf.loading.wait(), 20)
+    await asyncio.wait_for(shelf.loading.wait(), HANG_S)
 
     await library.aclose()
     await library.aclose()
