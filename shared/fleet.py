@@ -95,7 +95,8 @@ def opened(signed: bytes, key: Ed25519PublicKey) -> FleetPolicy:
         proof = base64.b64decode(signature, validate=True)
     except (binascii.Error, ValueError):
         proof = b""
-    if magic != MAGIC or not holds(key, proof, _covered(content)):
+    canonical = base64.b64encode(proof) == signature  # else: bits that decode to nothing could be others
+    if magic != MAGIC or not canonical or not holds(key, proof, _covered(content)):
         raise BadSignature("it is not signed by the fleet's key", param="policy")
     said, _, source = content.partition(b"\n")
     return FleetPolicy(_terms(said), source, signed)
