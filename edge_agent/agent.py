@@ -22,7 +22,7 @@ from edge_agent.cache.base import Scope
 from edge_agent.caller import ANYONE, Caller
 from edge_agent.cascade import Above, Trial, cascaded
 from edge_agent.offload import Offload, Withheld
-from edge_agent.second_sample import Second
+from edge_agent.second_sample import Compared, Second
 from router.cascade_rules import CascadeRules
 from router.confidence import Judged
 from router.decide import Decision, decide
@@ -82,6 +82,7 @@ class Agent:
         self._policy = policy
         self._device = device
         self._cache = cache
+        self._compared = Compared()
         self._listeners = listeners
         self._record = record
         self._spent = spent
@@ -176,7 +177,7 @@ class Agent:
     ) -> AsyncGenerator[Delta, None]:
         """The edge's answer if it is good enough, else the cloud's."""
         card, drawn = self._local.named(request.model).model_card(), rules.second_sample
-        second = Second(request, drawn, rules, self._local, self._clock) if drawn else None
+        second = Second(request, drawn, rules, self._local, self._compared, self._clock) if drawn else None
         trial, above = Trial(request, rules, card, self._clock, second), Above(rules.mark, record.request.prompt_tokens)
 
         def escalated(reason: str) -> AsyncGenerator[Delta, None]:

@@ -82,12 +82,13 @@ class Trial:
 
     async def judged(self) -> Judged:
         """Waits for the second sample, if there is one, as long as the rules would have held back."""
-        second = None
+        agreed = None
         if self._second is not None and self._began is not None:
-            second = await self._second.said(self._rules.max_s - (self._clock() - self._began))
+            within = self._rules.max_s - (self._clock() - self._began)
+            agreed = await self._second.agreement(self._tally.said, within)
         grammar = self._asked.grammar
         as_json = grammar is not None and grammar.syntax == "json_schema"
-        return judge(self._tally.heard(as_json=as_json, second=second), self._rules, self._card)
+        return judge(self._tally.heard(as_json=as_json, agreed=agreed), self._rules, self._card)
 
     def shown(self, delta: Delta, note: str, failovers: int = 0) -> Delta:
         """As the client asked for it; where it says its route, with what came of the trial."""
@@ -107,7 +108,7 @@ class Trial:
         if self._began is None:
             self._began = self._clock()
             if self._second is not None:
-                self._second.start()
+                self._second.start(kept=_was_kept(delta))
         self._tally.push(delta)
         return self._tally.enough(self._rules, self._clock() - self._began)
 
@@ -207,6 +208,11 @@ def _sum(one: Usage, other: Usage | None) -> Usage:
         completion_tokens=one.completion_tokens + other.completion_tokens,
         cached_tokens=one.cached_tokens + other.cached_tokens,
     )
+
+
+def _was_kept(delta: Delta) -> bool:
+    """Whether the answer that begins with this came from the cache."""
+    return delta.route is not None and delta.route.cached is not None and delta.route.cached.use == "hit"
 
 
 def _at_most(count: int, token: TokenLogprob) -> TokenLogprob:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.cascade_rules import AgreedCurve, Calibration, CascadeRules
-from router.confidence import Heard, Tally, probability
+from router.confidence import Heard, Tally, agreement, probability
 from shared.errors import BadRequest
 from shared.schemas import Delta, TokenLogprob, TopLogprob
 
@@ -111,8 +111,10 @@ def read(path: Path) -> Iterator[Answered]:
 
 def heard(answered: Answered, rules: CascadeRules) -> Heard:
     """What the cascade would have heard of it under these rules."""
-    second = None if answered.second is None else _tallied(answered.second, rules).said
-    return _tallied(answered.logprobs, rules).heard(second=second)
+    first = _tallied(answered.logprobs, rules)
+    if answered.second is None:
+        return first.heard()
+    return first.heard(agreed=agreement(first.said, _tallied(answered.second, rules).said))
 
 
 def _tallied(tokens: Sequence[Token], rules: CascadeRules) -> Tally:

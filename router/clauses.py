@@ -116,7 +116,11 @@ class PrivacyRules(Written):
 def _known(names: tuple[str, ...], known: frozenset[str], what: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in known]:
         close = difflib.get_close_matches(unknown[0][:80], known, n=1)
-        there = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known)[:40])}"
+        there = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"known are {', '.join(sorted(known)[:40])}{' and others' * (len(known) > 40)}"
+        )
         said = {"what": what, "name": shorten(unknown[0]), "there": there}
         raise PydanticCustomError("unknown", "no {what} {name}; {there}", said)
     return names

@@ -109,8 +109,8 @@ class Tally:
         """What it says and calls."""
         return self._text + self._called
 
-    def heard(self, *, as_json: bool = False, second: str | None = None) -> Heard:
-        """`as_json`: that is what was asked for; `second`: what another sample said, as far as it was heard."""
+    def heard(self, *, as_json: bool = False, agreed: float | None = None) -> Heard:
+        """`as_json`: that is what was asked for; `agreed`: how far another sample says the same."""
         count = max(1, self._tokens)
         return Heard(
             tokens=self._tokens,
@@ -120,7 +120,7 @@ class Tally:
             least_logprob=self._least,
             margin=self._margin / count,
             entropy=self._entropy / count,
-            agreement=None if second is None else agreement(self.said, second),
+            agreement=agreed,
             flaw=self._flaw(as_json),
         )
 

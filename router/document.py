@@ -20,6 +20,11 @@ MAX_DEPTH: Final = 16
 MAX_VALUES: Final = 20_000  # read in under a second, where 256 KiB of `1,1,1` would take four
 MAX_INT_DIGITS: Final = 18
 
+_HINTS: Final = {
+    r"'\t'": ": indent with spaces",
+    "mapping values are not allowed": ": indented more than the line above, or a `: ` in text without quotes",
+}
+
 Value = str | int | float | bool | tuple["Value", ...] | dict[str, "Value"]
 Path = tuple[str | int, ...]
 Mark = tuple[int, int]
@@ -130,9 +135,12 @@ def _events(text: str) -> Iterator[yaml.Event]:
         yield from yaml.parse(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise _Fault(_mark(error.problem_mark or error.context_mark), f"not YAML: {shorten(said, 200)}") from None
+        hint = next((hint for what, hint in _HINTS.items() if what in said), "")
+        mark = _mark(error.problem_mark or error.context_mark)
+        raise _Fault(mark, f"not YAML: {shorten(said, 200)}{hint}") from None
     except yaml.reader.ReaderError as error:
-        raise _Fault((text.count("\n", 0, error.position) + 1, 1), "a character that YAML does not allow") from None
+        what = f"a character that YAML does not allow: {shorten(text[error.position])}"
+        raise _Fault((text.count("\n", 0, error.position) + 1, 1), what) from None
     except (yaml.YAMLError, ValueError, OverflowError):  # an escape beyond Unicode, a version of 5,000 digits
         raise _Fault(TOP, "not YAML") from None
 

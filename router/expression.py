@@ -15,6 +15,8 @@ import cel
 
 MAX_CHARS: Final = 1000
 FUNCTIONS: Final = frozenset({"contains", "double", "endsWith", "int", "matches", "size", "startsWith", "string"})
+SPELLINGS: Final = {"= ": "== to compare", "=": "== to compare", "and": "&&", "or": "||", "not": "!"}
+"""What other languages write, and how it is written here."""
 MACROS: Final = (".all(", ".exists(", ".exists_one(", ".filter(", ".map(")
 
 Fact = float | str | bool | None
@@ -95,7 +97,7 @@ def _try(program: cel.Program, facts: dict[str, Fact]) -> None:
         said = "compares or joins values of different kinds (numbers are decimals: in sums write 2.0)"
         raise InvalidExpression(said) from None
     except Exception as error:
-        raise InvalidExpression(str(error).splitlines()[0]) from None
+        raise InvalidExpression(_failed(str(error).splitlines()[0])) from None
     if not isinstance(value, bool):
         raise InvalidExpression("must be true or false, as `prompt_tokens > 800` is")
 
@@ -105,7 +107,18 @@ def _syntax(said: str) -> str:
     _, _, place = said.partition("<input>:")
     column, cause = place.partition(":")[2].partition(":")[::2]
     cause = cause.splitlines()[0].strip() if cause else "not an expression"
-    return f"at character {column}: {cause.partition(' expecting ')[0]}"
+    cause = cause.removeprefix("Syntax error: ").partition(" expecting ")[0]
+    hint = next((f"; write {ours}" for theirs, ours in SPELLINGS.items() if f"'{theirs}'" in cause), "")
+    return f"at character {column}: {cause}{hint}"
+
+
+def _failed(said: str) -> str:
+    """A pattern is the one thing that only a try can find fault with."""
+    _, _, pattern = said.partition("Function 'matches' error: ")
+    if not pattern:
+        return said
+    pattern = pattern.removesuffix(":").removesuffix(" not a valid regex")
+    return f"not a regex that `matches` takes: {pattern} (no look-around, no back-references, bounded in size)"
 
 
 def _unknown(name: str, samples: Mapping[str, tuple[Fact, ...]]) -> str:

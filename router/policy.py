@@ -131,7 +131,9 @@ class Policy(Written):
         try:
             _ = name and ZoneInfo(name)
         except (KeyError, ValueError, OSError):
-            raise PydanticCustomError("unknown", "no time zone {name}", {"name": shorten(str(name))}) from None
+            raise PydanticCustomError(
+                "unknown", "no time zone {name}; write one such as Europe/Berlin", {"name": shorten(str(name))}
+            ) from None
         return name
 
     @cached_property
@@ -282,9 +284,30 @@ def _message(detail: ErrorDetails, loc: Path) -> str:
         case "string_pattern_mismatch":
             return f"must match {detail['ctx']['pattern']}"
         case "model_type":
-            return "must be a map"
+            return "must be a map" if loc else "must be a map, such as `mode: prefer_edge`"
+        case "too_long":
+            return f"at most {detail['ctx']['max_length']} are allowed"
+        case "less_than" | "less_than_equal" if (detail.get("ctx") or {}).get("lt", detail["ctx"].get("le")) == 1:
+            return f"{_plainly(detail['msg'])}: a share, so 0.3 for 30 %"
         case _:
-            return shorten(detail["msg"].replace("Input should", "must").replace("tuple", "list"), 300)
+            return _plainly(detail["msg"])
+
+
+_WORDS: Final = {
+    "Input should": "must",
+    "String should": "must",
+    "tuple": "list",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid ": "a ",
+}
+
+
+def _plainly(said: str) -> str:
+    """What pydantic says, in the words of who writes a policy."""
+    for theirs, ours in _WORDS.items():
+        said = said.replace(theirs, ours)
+    return shorten(said, 300)
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:

@@ -41,22 +41,21 @@ from shared.errors import BadRequest, NotFound, RateLimited
 REPLAYED = 5000
 LISTED = 200
 
-Text = Annotated[str, msgspec.Meta(max_length=MAX_BYTES)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 T = TypeVar("T")
 
 
 class _Source(msgspec.Struct, forbid_unknown_fields=True):
-    source: Text
+    source: str
 
 
 class _Candidate(msgspec.Struct, forbid_unknown_fields=True):
-    source: Text
+    source: str
     last: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = REPLAYED
 
 
 class _Proposal(msgspec.Struct, forbid_unknown_fields=True):
-    source: Text
+    source: str
     why: str
 
 
@@ -123,16 +122,17 @@ class PolicyAdministration:
     async def version(self, request: Request, _: Administrator) -> dict[str, Any]:
         found = await asyncio.to_thread(self._center.history.version, request.path_params["number"])
         source = found.source.decode(errors="replace")
-        return {**_listed(found), "source": source, "diff": self._diff(source)}
+        return {**_listed(found), "source": source, "diff": await asyncio.to_thread(self._diff, source)}
 
     async def check(self, request: Request, _: Administrator) -> dict[str, Any]:
         asked = await _body(request, _Source)
         policy, problems = await asyncio.to_thread(_checked, asked.source)
+        diff = await asyncio.to_thread(self._diff, asked.source)
         summary = None
         if policy is not None:
             rules = len(policy.rules)
             summary = f"mode {policy.mode}, {rules} rule{'' if rules == 1 else 's'}, fingerprint {policy.fingerprint}"
-        return {"valid": policy is not None, "problems": problems, "summary": summary, "diff": self._diff(asked.source)}
+        return {"valid": policy is not None, "problems": problems, "summary": summary, "diff": diff}
 
     async def replay(self, request: Request, _: Administrator) -> dict[str, Any]:
         asked = await _body(request, _Candidate)
@@ -205,6 +205,9 @@ class PolicyAdministration:
         }
 
     def _diff(self, source: str) -> str:
+        """Of what is no policy for its size, none."""
+        if len(source) > MAX_BYTES:
+            return ""
         before = self._source()
         return "\n".join(
             difflib.unified_diff(before.splitlines(), source.splitlines(), "in force", "candidate", lineterm="")

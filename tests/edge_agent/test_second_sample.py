@@ -11,9 +11,10 @@ from edge_sides import LAST, Local, ask, collect, text_of
 from fakes import ScriptedAnswer
 
 from edge_agent.backends.llama import LlamaBackend
-from edge_agent.second_sample import Second
+from edge_agent.second_sample import Compared, Second
 from router.cascade_rules import CascadeRules, SecondSample
 from router.confidence import Tally
+from router.policy import parse
 from shared.errors import UpstreamFailed
 from shared.schemas import ChatRequest, Delta, Message, Sampling, TokenLogprob
 
@@ -34,6 +35,7 @@ class Samples:
         return (self.second if request.id.endswith(".second") else self.first).answer(request)
 
 
+SETTLED = msgspec.structs.replace(ask(), sampling=Sampling(temperature=0), streamed=True)
 SAME, OTHER = script("It ", "is ", "here. ", "Yes"), script("Nothing ", "whatever, ", "alas. ", "No")
 
 
@@ -157,6 +159,41 @@ async def test_leaving_ends_it() -> None:
     assert (samples.first.running, samples.second.running) == (0, 0)
 
 
+@pytest.mark.parametrize("hold", ["sentence", "answer", "none"])
+async def test_an_answer_from_the_cache_is_compared_once(hold: str) -> None:
+    """The same answer to the same question is as sure as it was: no token is drawn for it again, and it is said to be
+    as sure. Another question, or another way to draw, is compared anew."""
+    samples = Samples(answer(0.9), SAME)
+    edge = Edge(samples, policy=AGREEING.replace("threshold: 0.6", f"threshold: 0.6, hold: {hold}"), cache=True)
+    reasons = []
+    for _ in range(3):
+        deltas, error = await collect(edge.agent, SETTLED)
+        assert error is None
+        assert text_of(deltas) == HERE
+        reasons.append([route.reason for route in routes(deltas)][0 if hold != "none" else -1])
+    assert len(samples.first.requests) == len(samples.second.requests) == 1
+    assert [reason.count("cache hit") for reason in reasons] == [0, 1, 1]
+    assert len({reason.partition("p 0.")[2] for reason in reasons}) == 1
+    assert {kept.judged.heard.agreement for kept in edge.kept if kept.judged} == {edge.kept[0].judged.heard.agreement}  # type: ignore[union-attr]
+
+    edge.policy = parse(AGREEING.replace("temperature: 0.9", "temperature: 0.8"))
+    await collect(edge.agent, SETTLED)
+    assert (len(samples.first.requests), len(samples.second.requests)) == (1, 2)
+
+
+async def test_what_was_never_compared_is_compared_when_it_comes_from_the_cache() -> None:
+    """An answer that was kept while no second sample was asked for; the switch is made by what it says."""
+    samples = Samples(answer(0.9), OTHER)
+    edge = Edge(samples, policy=POLICY.replace("threshold: 0.6", "threshold: 0.6, hold: answer"), cache=True)
+    await collect(edge.agent, SETTLED)
+    assert not samples.second.requests
+    edge.policy = parse(AGREEING.replace("threshold: 0.6", "threshold: 0.6, hold: answer"))
+    for _ in range(2):
+        deltas, _ = await collect(edge.agent, SETTLED)
+        assert text_of(deltas) == "from there"
+    assert (len(samples.first.requests), len(samples.second.requests)) == (1, 1)
+
+
 async def test_beside_an_answer_that_is_shown_at_once() -> None:
     """The stream begins before it is judged, and what the second sample says decides whether it switches."""
     samples = Samples(answer(0.9), OTHER)
@@ -180,17 +217,15 @@ async def test_a_real_model_is_asked_twice_at_once(model_path: Any) -> None:
         messages=(Message(role="user", content="What is the capital of France?"),),
         sampling=Sampling(temperature=0, max_tokens=24, logprobs=5),
     )
-    second, tally = Second(request, drawn, rules, Local(backend)), Tally()
+    second, tally = Second(request, drawn, rules, Local(backend), Compared()), Tally()
     try:
         async for delta in backend.answer(request):
             second.start()
             tally.push(delta)
-        said = await second.said(60)
+        agreed = await second.agreement(tally.said, 60)
         await second.aclose()
     finally:
         await backend.aclose()
-    assert said
     assert tally.said
-    agreement = tally.heard(second=said).agreement
-    assert agreement is not None
-    assert 0 <= agreement <= 1
+    assert agreed is not None
+    assert 0 <= agreed <= 1

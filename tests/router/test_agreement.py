@@ -57,8 +57,8 @@ def test_calls_agree_by_what_they_call() -> None:
         tally.push(Delta(tool_calls=(ToolPiece(0, '{"ci', "c", "weather"),)))
         tally.push(Delta(tool_calls=(ToolPiece(0, f'ty": "{city}"}}'),)))
 
-    assert tallies[0].heard(second=tallies[1].said).agreement == 1
-    assert tallies[0].heard(second=tallies[2].said).agreement == pytest.approx(2 / 3)
+    assert agreement(tallies[0].said, tallies[1].said) == 1
+    assert agreement(tallies[0].said, tallies[2].said) == pytest.approx(2 / 3)
 
 
 def test_without_a_calibration_agreement_counts_half() -> None:

@@ -25,11 +25,13 @@ async def test_check_names_each_mistake_by_line_and_keeps_nothing(tmp_path: Path
     async with administration(tmp_path) as edge:
         wrong = await edge.post("/admin/policy/check", source=WRONG)
         right = await edge.post("/admin/policy/check", source=CLOUD)
+        large = await edge.post("/admin/policy/check", source=CLOUD + "# and more\n" * 100_000)
         overview = await edge.get("/admin/policy")
 
     assert not wrong["valid"]
     assert [(one["line"], one["field"]) for one in wrong["problems"]] == [(3, "rules[0].when.cod")]
     assert (right["valid"], right["problems"]) == (True, [])
+    assert ([one["message"] for one in large["problems"]], large["diff"]) == (["larger than 256 KiB"], "")
     assert right["summary"].startswith("mode prefer_cloud, 0 rules")
     assert "+mode: prefer_cloud" in right["diff"].splitlines()
     assert (overview["versions"], overview["current"]["name"]) == ([], "default")
