@@ -9,7 +9,7 @@ from typing import Final
 
 from edge_agent.spending import Spending
 from router.classes import Targets
-from router.predict import Pace
+from router.predict import ALL_PIECES, FIRST_PIECES, Pace, lateness_s
 from router.records import Outcome, Recorded
 from shared.schemas import Target, Usage
 from shared.telemetry import RequestFinished
@@ -123,11 +123,16 @@ class Experience:
         if off.total_s is not None:
             errors.total_s.append(off.total_s)
         model = record.device.model if target == "edge" else ""
+        first, total = outcome.first_token_s, outcome.total_s
+        if target == "cloud":  # what losses added is predicted anew each time, and must not be counted twice
+            trouble = record.link.trouble
+            first = max(0.0, first - lateness_s(trouble, first, FIRST_PIECES))
+            total = max(first, total - lateness_s(trouble, total, ALL_PIECES))
         pace = self.pace(target, model).after(
             prompt_tokens=record.request.prompt_tokens,
-            first_token_s=outcome.first_token_s,
+            first_token_s=first,
             tokens=outcome.completion_tokens,
-            total_s=outcome.total_s,
+            total_s=total,
             together=record.device.running + 1 if target == "edge" else 1,
         )
         if (target, model) not in self._paces and len(self._paces) >= MAX_PACES:

@@ -58,6 +58,7 @@ class Offload:
             prompt_token_s=line[1] if line else None,
             token_s=pace.token.at(1),
             failure_ratio=self._health.failure_ratio,
+            trouble=link.trouble,
             model=link.model,
             context_length=link.context_length,
         )

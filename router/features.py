@@ -125,6 +125,23 @@ class DeviceReading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What got lost on the way to the cloud in the last minutes; None where nobody can tell."""
+
+    loss: float | None = None
+    """Share of what was sent that had to be sent again."""
+    resend_s: float | None = None
+    """How long one that was lost is waited for, the first time."""
+    cuts_per_s: float | None = None
+    """How often the connection broke, for each second that there was one."""
+    reconnect_s: float | None = None
+    """How long it took to have one again."""
+
+
+UNTROUBLED: Final = Trouble()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkReading:
     """The way to the cloud now, and what is known of the other side (None until it has said so)."""
 
@@ -145,6 +162,7 @@ class LinkReading:
     """Seconds for each token of an answer after the first."""
     failure_ratio: float | None = None
     """Share of the latest requests that the cloud failed, before their first token."""
+    trouble: Trouble = UNTROUBLED
     model: str | None = None
     context_length: int | None = None
 

@@ -4,23 +4,31 @@ and written, else unknown.
 `Pace` is what was learned of a side from the answers it gave.
 
     edge first token    those ahead get their whole answer at the device's total rate, then this prompt is prefilled
-    cloud first token   a line over the prompts' lengths through what recent answers took, or their average
+    cloud first token   a line over the prompts' lengths through what recent answers took, or their average; and what
+                        losses on the way are expected to add
     total               first token, then each further token at the pace of recent answers (at the edge: of those that
                         ran beside as many others as would now)
     battery             at the edge what the model's work draws, for as long as this one's takes, shared with those that
                         run beside it; for the cloud what the radio draws until the answer is there
 """
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
-from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.features import DeviceReading, LinkReading, RequestFeatures, Trouble
 from router.money import Price
 
 FADE: Final = 0.95
 """What a sample counts beside the next one: the last twenty or so matter."""
 MIN_TOKENS: Final = 8
 """Of an answer from which a pace can be told."""
+FIRST_PIECES: Final = 2
+"""What a first token waits for, one after the other: the prompt's last piece on its way there, and itself."""
+ALL_PIECES: Final = 3
+"""The same of a whole answer: its last piece, too. A loss in between is made good while others come."""
+MOST_LOSS: Final = 0.4
+"""As much as is reckoned with: at half, waits that double would never end."""
 SPREAD: Final = 0.05
 """Of the places along a line, as a share of their mean: with less, its slope would be guessed."""
 
@@ -75,14 +83,33 @@ def _wait(request: RequestFeatures, device: DeviceReading) -> float | None:
 
 
 def _cloud(request: RequestFeatures, device: DeviceReading, link: LinkReading, price: Price | None) -> Prediction:
-    first, tokens = _cloud_first(request, link), request.expected_output_tokens
+    first, tokens, trouble = _cloud_first(request, link), request.expected_output_tokens, link.trouble
     total = None if first is None or link.token_s is None else first + (tokens - 1) * link.token_s
+    if first is not None:
+        first += lateness_s(trouble, first, FIRST_PIECES)
+    if total is not None:
+        total += lateness_s(trouble, total, ALL_PIECES)
     return Prediction(
         first_token_s=first,
         total_s=total,
         cost=None if price is None else price.of(request.prompt_tokens, tokens),
         battery_percent=_drained(device, device.radio_w, total),
     )
+
+
+def lateness_s(trouble: Trouble, seconds: float, pieces: int) -> float:
+    """What losses add on average to what takes `seconds` without them and waits for so many pieces.
+
+    A piece that is lost comes later by the time for sending again, twice that if it is lost again, and so on (RFC 6298,
+    5.5). The connection breaks at its rate, as often in each second as in any other, and then costs a new one.
+    """
+    late = 0.0
+    if trouble.loss and trouble.resend_s:
+        loss = min(trouble.loss, MOST_LOSS)
+        late = pieces * trouble.resend_s * loss / (1 - 2 * loss)
+    if trouble.cuts_per_s and trouble.reconnect_s:
+        late += -math.expm1(-trouble.cuts_per_s * seconds) * trouble.reconnect_s
+    return late
 
 
 def _drained(device: DeviceReading, watts: float | None, seconds: float | None) -> float | None:

@@ -11,6 +11,7 @@ from edge_agent.backends.base import Loaded
 from edge_agent.cache.answers import AnswerCache
 from edge_agent.daemon import Daemon, put_together
 from edge_agent.policies.center import PolicyCenter
+from router.features import UNTROUBLED, Trouble
 from shared.errors import CausewayError, UnknownModel
 from shared.schemas import Answer, ChatRequest, Delta, Message, ModelCard, Usage
 
@@ -40,6 +41,7 @@ class Link:
     draining: bool = False
     retry_after_s: float | None = None
     round_trip_s: float | None = 0.01
+    trouble: Trouble = UNTROUBLED
     model: str | None = "large"
     context_length: int | None = 8192
 

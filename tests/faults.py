@@ -1,11 +1,16 @@
 """A TCP proxy that misbehaves on request, and says what it did: a test must prove that its fault happened."""
 
 import asyncio
+import ctypes
 import socket
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+SO_ATTACH_FILTER, SO_MEMINFO, SK_MEMINFO_DROPS = 26, 55, 8
+SKF_AD_OFF, SKF_AD_RANDOM = 0xFFFFF000, 56
+"""Linux's numbers, which Python's `socket` does not name."""
 
 
 class Proxy:
@@ -14,7 +19,8 @@ class Proxy:
     `cut_after` bytes from the server (and then after each of `cut_again` more), or a call of `cut`, close both ends
     (`reset`: with RST); `black_hole` swallows
     everything and closes nothing; `delay` seconds hold back each chunk; `slice_to` bytes is the largest chunk that is
-    passed on; `refuse` accepts and closes at once. `happened` counts what was done.
+    passed on; `refuse` accepts and closes at once; `lose` makes the kernel drop that share of the segments that either
+    side sends from now on (Linux). `happened` counts what was done, and `lost` what the kernel dropped.
     """
 
     def __init__(self, target: int) -> None:
@@ -33,6 +39,7 @@ class Proxy:
         self.connections: list[bytearray] = []
         """The same, one by one."""
         self.down_bytes = 0
+        self._lose: float | None = None
         self._pairs: dict[asyncio.StreamWriter, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -42,6 +49,17 @@ class Proxy:
             self.happened["cut"] += 1
             for writer in pair:
                 self._close(writer)
+
+    def lose(self, share: float) -> None:
+        """By a filter on our sockets: what it drops was never received, so its sender has to send it again."""
+        self._lose = share
+        for pair in self._pairs.items():
+            _drop(pair, share)
+
+    @property
+    def lost(self) -> int:
+        """Of the connections that are open now."""
+        return sum(_dropped(writer) for pair in self._pairs.items() for writer in pair)
 
     async def aclose(self) -> None:
         self.cut()
@@ -67,6 +85,8 @@ class Proxy:
             self._close(writer)
             return
         self._pairs[writer] = to_server
+        if self._lose is not None:
+            _drop((writer, to_server), self._lose)
         self.connections.append(sent := bytearray())
         try:
             await asyncio.gather(self._pass(reader, to_server, sent), self._pass(from_server, writer, None))
@@ -109,6 +129,25 @@ class Proxy:
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
         writer.close()
+
+
+def _drop(writers: tuple[asyncio.StreamWriter, ...], share: float) -> None:
+    """Attach a classic BPF program: load a random number, keep the packet if it is larger than the share's."""
+    instructions = (
+        (0x20, 0, 0, SKF_AD_OFF + SKF_AD_RANDOM),  # A = random
+        (0x25, 0, 1, int(share * 0xFFFFFFFF)),  # if A > share: next, else: over next
+        (0x06, 0, 0, 0xFFFFFFFF),  # keep it all
+        (0x06, 0, 0, 0),  # drop it
+    )
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in instructions))
+    attached = struct.pack("HP", len(instructions), ctypes.addressof(program))
+    for writer in writers:
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, attached)
+
+
+def _dropped(writer: asyncio.StreamWriter) -> int:
+    memory = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
+    return int(struct.unpack("=9I", memory)[SK_MEMINFO_DROPS])
 
 
 def payloads(sent: bytes | bytearray) -> bytes:

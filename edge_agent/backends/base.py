@@ -6,9 +6,12 @@
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from shared.schemas import Answer, ChatRequest, Delta, ModelCard
+
+if TYPE_CHECKING:  # the model's process, which needs the local side alone, starts without the router
+    from router.features import Trouble
 
 DEFAULT_CONTEXT = 2048
 """Tokens of one request at the local model, prompt and output together, where nothing else is said."""
@@ -137,6 +140,9 @@ class LinkState(Protocol):
 
     @property
     def round_trip_s(self) -> float | None: ...
+
+    @property
+    def trouble(self) -> "Trouble": ...
 
     @property
     def model(self) -> str | None:

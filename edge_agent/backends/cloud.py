@@ -22,6 +22,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
+from edge_agent.backends.losses import Losses, Socket, segments
+from router.features import UNTROUBLED, Trouble
 from shared.errors import (
     BadRequest,
     CausewayError,
@@ -45,6 +47,7 @@ BACKOFF_S, MAX_BACKOFF_S = 0.2, 30.0
 CLOSE_S = 0.5
 POLL_S = 0.02
 SHORT_LIFE_S = 1.0
+LOOK_S = 1.0
 _REFUSALS: dict[int, type[CausewayError]] = {401: Unauthorized, 403: Forbidden, 429: RateLimited, 503: Overloaded}
 
 
@@ -55,6 +58,7 @@ class Link:
     connected: bool
     draining: bool = False
     round_trip_s: float | None = None
+    trouble: Trouble = UNTROUBLED
     retry_after_s: float | None = None
     model: str | None = None
     context_length: int | None = None
@@ -99,6 +103,9 @@ class CloudBackend:
         self._jitter = jitter
         rules = replace(rules or ClientRules(), connect_within=connect_timeout, resume_ttl=resume_ttl)
         self._session = ClientSession(rules, "causeway-edge", self._wake, follower)
+        self._losses = Losses()
+        self._socket: Socket | None = None
+        self._looked_at = 0.0
         self._ready = asyncio.Event()
         self._wanted = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -129,13 +136,15 @@ class CloudBackend:
         return self.link()
 
     def link(self) -> Link:
-        """Cheap: looks, never waits."""
+        """Cheap: looks, never waits; asks the kernel at most once in LOOK_S."""
         session = self._session
+        self._look()
         card = session.models[0] if session.models else None
         return Link(
             connected=session.up and not switched_off(os.environ),
             draining=session.draining,
             round_trip_s=session.round_trip,
+            trouble=self._losses.reading(self._clock()),
             retry_after_s=session.reconnect_after if session.draining else None,
             model=card.id if card else None,
             context_length=card.context_length if card else None,
@@ -212,6 +221,7 @@ class CloudBackend:
                 await self._wanted.wait()
                 continue
             self._wanted.clear()
+            self._losses.trying(self._clock())
             failures = 0 if await self._connect_and_pump() else failures + 1
             if failures and not self._closed:
                 await self._back_off(failures)
@@ -223,11 +233,16 @@ class CloudBackend:
         except (OSError, TimeoutError, WebSocketException, EOFError, PolicyDenied) as error:
             self._session.refused(_refusal(error))
             return False
+        self._socket = websocket.transport.get_extra_info("socket")
         self._session.connected(Codec.client(str(websocket.subprotocol)), self._clock())
         began = self._clock()
         try:
             return await self._pump(websocket) and self._clock() - began > SHORT_LIFE_S
         finally:
+            self._look(again_after=0.0)
+            meant = self._closed or self._session.draining or switched_off(os.environ)
+            self._losses.ended(self._clock(), cut=not meant)
+            self._socket = None
             self._session.lost(self._clock())
             websocket.transport.abort()
             self._arm()
@@ -267,6 +282,8 @@ class CloudBackend:
         try:
             async for message in websocket:
                 self._session.receive(message, self._clock())
+                if self._session.up:
+                    self._losses.working(self._clock())
                 self._ready.set()
                 self._arm()
         except ConnectionClosed:
@@ -302,6 +319,13 @@ class CloudBackend:
         except TimeoutError:
             return
 
+    def _look(self, again_after: float = LOOK_S) -> None:
+        """At what the kernel has counted of the present connection."""
+        now = self._clock()
+        if self._socket is not None and now - self._looked_at >= again_after:
+            self._looked_at = now
+            self._losses.seen(segments(self._socket), now)
+
     # --- time ---
 
     def _arm(self) -> None:
@@ -316,6 +340,7 @@ class CloudBackend:
     def _on_time(self) -> None:
         self._timer = None
         self._session.tick(self._clock())
+        self._look()
         self._ready.set()
         if self._session.closing is None:
             self._arm()

@@ -37,6 +37,7 @@ function cloud({ cloud, link }) {
     "round trip": ms(link.round_trip_s),
     "first token": ms(link.first_token_s),
     "failed lately": percent(link.failure_ratio),
+    "lost on the way": percent(link.trouble?.loss),
     breaker: link.breaker,
     ...(link.retry_after_s == null ? {} : { "back in": `${number(link.retry_after_s, 1)} s` }),
   });

@@ -7,8 +7,8 @@ from fakes import ScriptedAnswer
 
 from edge_agent.experience import MAX_OPEN, MAX_PACES, Experience
 from router.classes import KNOWN
-from router.features import NO_CLOUD, DeviceReading, RequestFeatures
-from router.predict import Pace, Prediction, Predictions
+from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, Trouble
+from router.predict import FIRST_PIECES, Pace, Prediction, Predictions, lateness_s, predict
 from router.records import Recorded
 from shared.errors import UpstreamFailed
 from shared.schemas import Cached, Delta, Route, Target, Usage
@@ -118,6 +118,24 @@ def test_what_went_otherwise_teaches_nothing(event: RequestFinished) -> None:
     experience(event)
 
     assert experience.pace("edge", "small") == experience.pace("cloud") == Pace()
+
+
+def test_what_losses_added_is_not_learned() -> None:
+    """The cloud's pace is that of a link that loses nothing: a prediction adds what this one loses, but once."""
+    trouble = Trouble(loss=0.1, resend_s=0.2, cuts_per_s=0.05, reconnect_s=0.5)
+    experience, link = Experience(), LinkReading(trouble=trouble)
+    late = lateness_s(trouble, 0.2, FIRST_PIECES)
+    experience.decided("r", replace(record("cloud"), link=link))
+    experience(finished(served="cloud"))
+    pace = experience.pace("cloud")
+    learned = replace(link, first_token_s=pace.first_token.at(100), token_s=pace.token.at(1))
+    asked = RequestFeatures(prompt_tokens=100, expected_output_tokens=21)
+    said = predict(asked, record().device, learned).cloud
+
+    assert 0.05 < late < 0.2
+    assert learned.first_token_s == pytest.approx(0.2 - late)
+    assert said.first_token_s == pytest.approx(0.2, abs=0.005)
+    assert said.total_s == pytest.approx(1.2, abs=0.005)
 
 
 def test_predictions_are_held_against_what_happened() -> None:

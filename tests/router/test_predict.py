@@ -1,5 +1,6 @@
 """Predicted times: from what was measured, never negative, never from nothing."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -7,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
-from router.predict import UNMEASURED, Line, Pace, Prediction, predict
+from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, Trouble
+from router.predict import UNMEASURED, Line, Pace, Prediction, lateness_s, predict
 
 REQUEST = RequestFeatures(prompt_tokens=1000, expected_output_tokens=101)
 DEVICE = DeviceReading(
@@ -95,6 +96,45 @@ def test_the_clouds_first_token_grows_with_the_prompt() -> None:
     assert (
         predict(replace(REQUEST, prompt_tokens=1), DEVICE, replace(link, round_trip_s=0.5)).cloud.first_token_s == 0.5
     )
+
+
+TROUBLED = Trouble(loss=0.1, resend_s=0.2, cuts_per_s=0.01, reconnect_s=2.0)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "seconds"),
+    [
+        (Trouble(), 0.0),
+        (Trouble(loss=0.0, resend_s=0.2, cuts_per_s=0.0, reconnect_s=2.0), 0.0),
+        (Trouble(loss=0.1), 0.0),
+        (Trouble(cuts_per_s=1.0), 0.0),
+        (Trouble(loss=0.1, resend_s=0.2), 3 * 0.2 * 0.1 / 0.8),
+        (Trouble(loss=0.9, resend_s=0.2), 3 * 0.2 * 0.4 / 0.2),
+        (Trouble(cuts_per_s=0.01, reconnect_s=2.0), 2 * (1 - math.exp(-0.05))),
+        (TROUBLED, 0.075 + 2 * (1 - math.exp(-0.05))),
+    ],
+)
+def test_what_losses_add(trouble: Trouble, seconds: float) -> None:
+    """Nothing where nothing is lost, or nobody knows how long one is waited for; else the waits for three pieces, and
+    the risk of a cut in five seconds."""
+    assert lateness_s(trouble, 5.0, 3) == pytest.approx(seconds)
+
+
+@given(st.floats(0, 1), st.floats(0, 10), st.floats(0, 10), st.floats(0, 100), st.floats(0, 1e4))
+def test_what_losses_add_is_bounded(loss: float, resend: float, cuts: float, reconnect: float, seconds: float) -> None:
+    """Never less than nothing; at most twice each wait, and one new connection."""
+    late = lateness_s(Trouble(loss=loss, resend_s=resend, cuts_per_s=cuts, reconnect_s=reconnect), seconds, 2)
+
+    assert -1e-9 <= late <= 4 * resend + reconnect + 1e-6
+
+
+def test_a_link_that_loses_takes_longer() -> None:
+    """Both times of the cloud, and neither of the edge's."""
+    clean, lossy = (predict(REQUEST, DEVICE, replace(LINK, trouble=one)) for one in (Trouble(), TROUBLED))
+
+    assert lossy.edge == clean.edge
+    assert lossy.cloud.first_token_s == pytest.approx(0.4 + lateness_s(TROUBLED, 0.4, 2))
+    assert lossy.cloud.total_s == pytest.approx(1.4 + lateness_s(TROUBLED, 1.4, 3))
 
 
 def test_one_token_has_no_further_ones() -> None:
