@@ -22,12 +22,13 @@ from cloud_engine.gateway.server import Backend, Gateway
 from cloud_engine.gateway.upstream import Timeouts, Upstream
 from cloud_engine.model.config import UnsupportedModel
 from cloud_engine.settings import CloudSettings
+from shared.binding import check_bind
 from shared.config import InvalidSettings, load, read_secret
 from shared.errors import CausewayError, UnknownModel
 from shared.frames import MAX_FRAME
 from shared.keys import Keys, new_key
 from shared.models import default_store, model_name, resolve, verify
-from shared.serving import bind, check_bind
+from shared.serving import bind
 from shared.serving import serve as serve_app
 from shared.signing import public_key
 from shared.telemetry import RequestLog, set_up_logging

@@ -9,9 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from cloud_engine.engine.config import MAX_RANKS, DType, EngineConfig, KvDType, Pooling, Quantization
 from cloud_engine.gateway.limits import TenantLimits
+from shared.binding import Tls, is_loopback
 from shared.config import Settings
 from shared.guard import Guard
-from shared.serving import Tls, is_loopback
 
 
 def _split(value: object) -> object:

@@ -7,12 +7,15 @@ import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edge_agent.cache_commands import cache_app
 from edge_agent.models.commands import add_model_commands
+
+if TYPE_CHECKING:
+    from edge_agent.backends.birth import Newborn
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,6 +60,13 @@ def serve(
 ) -> None:
     """Serve until SIGTERM; prints `listening on URL` when ready."""
     flags = {name: value for name, value in locals().items() if name != "config"}
+    from edge_agent.backends.birth import newborn
+
+    with newborn() as first:  # before all other imports: it has many of its own
+        _serve(config, flags, first)
+
+
+def _serve(config: Path | None, flags: dict[str, Any], first: "Newborn | None") -> None:
     from edge_agent.settings import EdgeSettings
     from shared.config import load
 
@@ -82,7 +92,7 @@ def serve(
         return read()
 
     apply(settings)
-    asyncio.run(run(settings, LiveSettings(settings, load=read_again, file=config, apply=apply)))
+    asyncio.run(run(settings, LiveSettings(settings, load=read_again, file=config, apply=apply), first))
 
 
 @app.command()

@@ -23,7 +23,7 @@ from edge_agent.policies.fleet import FleetFollower
 from edge_agent.reload import Changes, LiveSettings
 from edge_agent.settings import EdgeSettings
 from edge_agent.spending import Spending
-from router.features import VIRTUAL_MODELS
+from router.names import VIRTUAL_MODELS
 from shared.schemas import ModelCard
 from shared.telemetry import Listener, RequestLog, RequestMetrics
 

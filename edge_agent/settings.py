@@ -7,9 +7,9 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from shared.binding import Tls, check_bind, is_loopback
 from shared.config import InvalidSettings, Settings
 from shared.frames import WIRE_PATH
-from shared.serving import Tls, check_bind, is_loopback
 
 Watts = Annotated[float, Field(gt=0, le=2000, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]

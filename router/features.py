@@ -17,7 +17,6 @@ from router.money import NOTHING_SPENT, Spent
 from router.privacy.inspect import CLEAN, Privacy
 from shared.schemas import ChatRequest, Label
 
-VIRTUAL_MODELS: Final = ("auto", "edge", "cloud")
 EXPECTED_OUTPUT_TOKENS: Final = 256
 SCAN_CHARS: Final = 2048
 CHARS_PER_TOKEN: Final = 4  # of ASCII text, in byte-pair vocabularies; other scripts are nearer one token a character

@@ -21,13 +21,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as HttpRoute
 
+from shared.binding import Tls, check_bind
 from shared.embeddings import Embed, embedding_reply, parse_embeddings
 from shared.errors import BadRequest, CausewayError, Internal, MethodNotAllowed, NotFound, Source, UnknownModel
 from shared.guard import Guard, Guarded, Shape, error_headers
 from shared.openai import Call, parse_chat, parse_completion
 from shared.replies import Chunks, Whole, error_body, model_list, model_object
 from shared.schemas import Answer, ModelCard
-from shared.serving import Tls, check_bind, serve
+from shared.serving import serve
 from shared.surface import Asked, Endpoint, Generation, Reply, Work, generating
 
 __all__ = ["Guard", "Tls", "check_bind", "create_app", "serve"]

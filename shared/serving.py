@@ -2,19 +2,17 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from shared.binding import Tls
 from shared.config import InvalidSettings
 from shared.guard import MAX_HEADER_BYTES
 
@@ -27,31 +25,6 @@ CLOSE_S = 5
 """Seconds for the last words to requests that did not end while draining."""
 
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Files in PEM: the certificate chain and its private key."""
-
-    cert: Path
-    key: Path
-
-
-def is_loopback(host: str) -> bool:
-    """A name other than localhost may resolve to anything, so it is not loopback."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def check_bind(host: str, *, tls: bool, keys: bool) -> None:
-    """Beyond loopback only with keys and TLS. Raises InvalidSettings: the daemon must not start."""
-    if is_loopback(host):
-        return
-    missing = [name for name, given in (("keys", keys), ("TLS", tls)) if not given]
-    if missing:
-        raise InvalidSettings(f"host {host} is not loopback: {' and '.join(missing)} must be given", param="host")
 
 
 async def serve(

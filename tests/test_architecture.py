@@ -55,7 +55,7 @@ def test_import_contracts_hold() -> None:
         ("shared.schemas shared.session shared.openai shared.http", "torch transformers llama_cpp"),
         ("router.decide router.policy router.__main__", "torch transformers llama_cpp fastapi uvicorn websockets"),
         ("edge_agent edge_agent.agent edge_agent.__main__ edge_agent.backends.native", "torch transformers"),
-        ("edge_agent.run edge_agent.backends.llama", "torch transformers llama_cpp"),
+        ("edge_agent.run edge_agent.service edge_agent.backends.llama", "torch transformers llama_cpp"),
         (
             "edge_agent.backends.process",
             "torch llama_cpp fastapi uvicorn websockets httpx pydantic prometheus_client structlog",

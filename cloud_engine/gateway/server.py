@@ -91,7 +91,7 @@ class Gateway:
 
     `card` is what the virtual models mean too; `others` may be asked for by name, as an upstream has them.
     `fleet` holds policies for the edges that ask for them.
-    Without `keys`, whoever can connect is the tenant `local`: for loopback only, see `shared.serving.check_bind`.
+    Without `keys`, whoever can connect is the tenant `local`: for loopback only, see `shared.binding.check_bind`.
     """
 
     def __init__(

@@ -1,14 +1,11 @@
 """The daemon's handle on the process that runs the model: its birth, its frames, its death."""
 
 import asyncio
-import os
 import signal
-import socket
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
+from edge_agent.backends.birth import Newborn, born, end
 from edge_agent.backends.pipe import Frame, FromModel, encode, from_model
 from shared.errors import BadFrame, Overloaded
 
@@ -17,16 +14,6 @@ MAX_UNSENT = 128 << 20
 REAP_S = 10.0
 REASON_S = 0.5
 """How long to wait for the status of a process whose pipe has ended: those it answered are waiting, too."""
-PACKAGES = Path(__file__).parents[2]
-PASSED_ON = ("LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-PASSED_ON_PREFIXES = ("OMP_", "GOMP_", "KMP_", "GGML_", "VK_", "ROCR_", "HIP_")
-
-
-def environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """All that the process is told: where Python's modules are, and what tunes native code. No key, no setting."""
-    kept = {name: value for name, value in ours.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)}
-    # As it is here, whatever made it so: the process starts without `site` and its hooks, which is quicker, too.
-    return kept | {"PYTHONPATH": os.pathsep.join([str(PACKAGES), *filter(None, sys.path)])}
 
 
 class Child(asyncio.Protocol):
@@ -42,18 +29,17 @@ class Child(asyncio.Protocol):
         self._reaping: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, received: Callable[[FromModel], None], died: Callable[[str], None]) -> "Child":
-        """Must run in the thread that lives longest: on Linux the process ends with it."""
+    async def start(
+        cls, received: Callable[[FromModel], None], died: Callable[[str], None], newborn: Newborn | None = None
+    ) -> "Child":
+        """Takes the `newborn` if it can still be had. See `birth.born` for the thread, and the OSError."""
         child = cls(received, died)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = child._process = _spawn(theirs)
+        process, ours = (newborn.take() if newborn else None) or born()
+        child._process = process
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: child, sock=ours)
         except BaseException:
-            ours.close()
-            process.kill()
-            process.wait()
+            end(process, ours)
             raise
         return child
 
@@ -120,16 +106,6 @@ class Child(asyncio.Protocol):
             self._died(why or "closed its pipe")
         else:
             self._died(why or _said(status))
-
-
-def _spawn(connection: socket.socket) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-S", "-P", "-m", "edge_agent.backends.process"],
-        stdin=connection.fileno(),
-        stdout=subprocess.DEVNULL,
-        env=environment(os.environ),
-        cwd="/",
-    )
 
 
 def _said(status: int) -> str:

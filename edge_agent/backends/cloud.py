@@ -24,6 +24,7 @@ from websockets.typing import Subprotocol
 
 from edge_agent.backends.losses import Losses, Socket, segments
 from router.features import UNTROUBLED, Trouble
+from shared.binding import is_loopback
 from shared.errors import (
     BadRequest,
     CausewayError,
@@ -38,7 +39,6 @@ from shared.errors import (
 from shared.frames import MAX_FRAME, SUBPROTOCOLS, WIRE_PATH, Codec
 from shared.offers import Follower
 from shared.schemas import ChatRequest, Delta
-from shared.serving import is_loopback
 from shared.session import ClientSession
 from shared.streams import ClientRules, Stream
 

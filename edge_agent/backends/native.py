@@ -6,6 +6,7 @@ runs it in a process of its own, see `process.py`.
 
 import ctypes
 import functools
+import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -229,8 +230,14 @@ class Native:
             size = -length
 
 
-def _load_library(log: Log) -> Any:
+def preload() -> None:
+    """Import llama.cpp ahead of the first model. Raises whatever keeps it from being imported."""
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    importlib.import_module("llama_cpp.llama_cpp")
+
+
+def _load_library(log: Log) -> Any:
+    preload()
     from llama_cpp import llama_cpp as api
 
     api.llama_log_set(_log_callback(api, log), None)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -22,7 +23,7 @@ from typing import Any
 
 from edge_agent.backends.batch import Batcher, Event, Job
 from edge_agent.backends.jobs import Jobs
-from edge_agent.backends.native import Native
+from edge_agent.backends.native import Native, preload
 from edge_agent.backends.pipe import (
     Ask,
     Broken,
@@ -245,6 +246,8 @@ def main() -> None:
         signal.signal(name, signal.SIG_IGN)
     _end_with_the_daemon()
     connection = socket.socket(fileno=os.dup(0))
+    with suppress(Exception):  # said when a model is to be opened, where there is somebody to tell
+        preload()
     try:
         ModelProcess(connection).run()
     except (BadFrame, OSError) as error:

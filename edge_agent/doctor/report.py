@@ -11,7 +11,7 @@ from edge_agent.doctor.cloud import cloud
 from edge_agent.doctor.daemon import files, instance, policy, settings_hold, unit
 from edge_agent.doctor.findings import Check, Finding, examine, fail
 from edge_agent.doctor.machine import disk, model, network, runtime
-from edge_agent.run import cloud_backend
+from edge_agent.service import cloud_backend
 from edge_agent.settings import EdgeSettings
 from shared.config import InvalidSettings
 from shared.models import default_store

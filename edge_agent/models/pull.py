@@ -27,7 +27,7 @@ from edge_agent.models.installed import Installed, described
 from edge_agent.models.package import from_package
 from edge_agent.models.partial import claimed
 from edge_agent.models.sources import Hub, Local, Packaged, Wanted, name_of, wanted
-from router.features import VIRTUAL_MODELS
+from router.names import VIRTUAL_MODELS
 from shared.errors import BadRequest, CausewayError
 from shared.gguf import ModelInvalid
 from shared.models import Manifest, manifest_of, placed_file, stored_file, valid_name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edge_agent.backends.base import DEFAULT_CONTEXT
 from edge_agent.facts import facts_of
-from router.features import VIRTUAL_MODELS
+from router.names import VIRTUAL_MODELS
 from shared.errors import CausewayError, UnknownModel
 from shared.models import Manifest, digest_of, installed, manifest_of, model_name, placed_file, stored_file
 

@@ -17,7 +17,8 @@ from model_origin import model_bytes
 from waiting import HANG_S
 
 from edge_agent import run as module
-from edge_agent.run import background, run
+from edge_agent.run import run
+from edge_agent.service import background
 from edge_agent.settings import EdgeSettings
 from shared.config import InvalidSettings
 from shared.keys import new_key
@@ -153,6 +154,7 @@ async def test_options_reach_the_local_model(tmp_path: Path, llama: type[Llama])
         "saved": tmp_path / "state" / "prefixes",
         "saved_bytes": 2 << 20,
         "context_shift": False,
+        "newborn": None,
     }
 
 

@@ -12,8 +12,9 @@ from router.clauses import PrivacyRules, Rule, Weights
 from router.conditions import Range, When
 from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
 from router.facts import FACTS
-from router.features import NO_CLOUD, VIRTUAL_MODELS, DeviceReading, LinkReading, RequestFeatures
+from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
 from router.money import Budgets, Prices, Tariff
+from router.names import VIRTUAL_MODELS
 from router.policy import Policy
 from router.predict import Prediction, Predictions
 from router.privacy.inspect import Privacy

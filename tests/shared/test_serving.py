@@ -13,8 +13,9 @@ import trustme
 from serving import served
 from waiting import HANG_S
 
+from shared.binding import Tls, check_bind, is_loopback
 from shared.config import InvalidSettings
-from shared.serving import Tls, check_bind, is_loopback, serve
+from shared.serving import serve
 
 SERVER = """
 import asyncio, sys

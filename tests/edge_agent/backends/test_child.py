@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_agent.backends.child import environment
+from edge_agent.backends import birth
+from edge_agent.backends.birth import environment, newborn
 
 START = """
 import asyncio, sys
@@ -31,6 +32,29 @@ def test_it_is_told_nothing_but_what_it_needs() -> None:
     told = environment(SECRETS | {"OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"})
 
     assert set(told) == {"PYTHONPATH", "OMP_NUM_THREADS", "LANG"}
+
+
+def test_a_process_that_nobody_takes_is_ended() -> None:
+    """However the start of the daemon fails, none is left behind."""
+    with pytest.raises(ValueError, match="settings"), newborn() as one:
+        assert one is not None
+        assert one._born is not None
+        process = psutil.Process(one._born[0].pid)
+        assert process.is_running()
+        raise ValueError("settings")
+
+    assert not process.is_running()
+
+
+def test_a_machine_without_room_for_a_process_starts_none_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fails: who needs one later says what keeps it from starting."""
+
+    def full(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(birth.subprocess, "Popen", full)
+    with newborn() as one:
+        assert one is None
 
 
 @pytest.mark.model

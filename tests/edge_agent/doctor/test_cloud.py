@@ -17,12 +17,12 @@ from starlette.routing import Route
 from cloud_engine.gateway.socket import SocketEndpoint
 from edge_agent.doctor.cloud import cloud
 from edge_agent.doctor.findings import Finding
-from edge_agent.run import cloud_backend
+from edge_agent.service import cloud_backend
 from edge_agent.settings import EdgeSettings
+from shared.binding import Tls
 from shared.errors import Unauthorized
 from shared.executions import Rules
 from shared.schemas import ModelCard
-from shared.serving import Tls
 
 KEY = "cw-test-secret"
 FAR_FUTURE = 2.5e11
