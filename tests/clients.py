@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import local
+from waiting import HANG_S
 
 HELLO = [{"role": "user", "content": "Say hello to the world."}]
 
@@ -21,7 +22,7 @@ def metric(url: str, name: str, key: str = "any", **labels: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
 
 
-def until(true: Callable[[], bool], seconds: float) -> bool:
+def until(true: Callable[[], bool], seconds: float = HANG_S) -> bool:
     """Poll until it holds; False if it did not within the time."""
     deadline = time.monotonic() + seconds
     while not (held := true()) and time.monotonic() < deadline:
@@ -47,6 +48,6 @@ def sent_and_left(url: str, body: dict[str, Any]) -> Iterator[None]:
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=HANG_S) as connection:
         connection.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
         yield

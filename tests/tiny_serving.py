@@ -4,13 +4,14 @@ import asyncio
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 
+from waiting import HANG_S
+
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import EngineStats
 from cloud_engine.engine.serving import EngineAnswer, load_engine
 from shared.schemas import ChatRequest, Sampling
 
 LONG = Sampling(temperature=0, max_tokens=200, ignore_eos=True)
-WAIT_S = 10.0
 
 
 def request(prompt: str = "hello", sampling: Sampling = LONG, **values) -> ChatRequest:
@@ -29,12 +30,12 @@ async def serving_tiny(folder, **limits):
 
 
 async def collect(answer: EngineAnswer, asked: ChatRequest):
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(HANG_S):
         return [delta async for delta in answer.answer(asked)]
 
 
 async def until(answer: EngineAnswer, reached: Callable[[EngineStats], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(HANG_S):
         while not reached(answer.stats()):  # noqa: ASYNC110 - statistics announce nothing
             await asyncio.sleep(0.001)
 

@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,19 +141,17 @@ def test_a_new_key_is_printed_once_and_works(
     Keys(Path("client.keys"), source="edge").tenant_of({"authorization": f"Bearer {key}"})
 
 
-def test_help_is_instant_and_names_every_command() -> None:
+def test_help_is_light_and_names_every_command() -> None:
     """The command line imports nothing heavy before it has to."""
     heavy = ("llama_cpp", "numpy", "fastapi", "pydantic", "watchfiles", "torch")
     code = f"import sys, edge_agent.__main__\nprint([name for name in {heavy} if name in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[1]), "COLUMNS": "120"}
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    started = time.monotonic()
     shown = subprocess.run(
         [sys.executable, "-m", "edge_agent", "--help"], capture_output=True, text=True, check=True, env=env
     )
 
     assert imported.stdout.strip() == "[]"
-    assert time.monotonic() - started < 20
     assert all(name in shown.stdout for name in ("serve", "pull", "list", "rm", "keys"))
 
 

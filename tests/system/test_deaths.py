@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S
 
 from tests.benchmarks.deaths import kill_under_load
 
 pytestmark = [pytest.mark.system, pytest.mark.model]
 
 KILLS = 5
-HANG_S = 20
-"""That nobody waits beyond 2 s is the benchmark's to say: other work on a machine delays the start of a process."""
 
 
 def test_deaths_under_load_hurt_only_who_was_running(model_path: Path) -> None:
@@ -24,4 +23,4 @@ def test_deaths_under_load_hurt_only_who_was_running(model_path: Path) -> None:
     assert seen.failed + seen.refused >= KILLS
     assert seen.done >= KILLS
     assert seen.silences
-    assert max(seen.silences) <= HANG_S
+    assert max(seen.silences) <= HANG_S  # beyond 2 s: the benchmark says, where nothing else delays a process

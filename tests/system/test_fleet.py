@@ -11,6 +11,7 @@ import httpx
 import pytest
 from clients import until
 from processes import edge_agent, environment
+from waiting import HANG_S
 
 pytestmark = [pytest.mark.system, pytest.mark.model]
 
@@ -35,11 +36,11 @@ def serving(folder: Path, *args: str) -> Iterator[str]:
             env=environment(folder, CAUSEWAY_MODEL_LEN="2048"),
         )  # fmt: skip
     try:
-        assert until(lambda: "listening on " in out.read_text() or process.poll() is not None, 120)
+        assert until(lambda: "listening on " in out.read_text() or process.poll() is not None)
         yield out.read_text().partition("listening on ")[2].split()[0]
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(HANG_S)
 
 
 def test_a_fleet_from_the_first_key_to_the_rollback(tmp_path: Path, model_path: Path) -> None:
@@ -82,8 +83,8 @@ def test_a_fleet_from_the_first_key_to_the_rollback(tmp_path: Path, model_path: 
             before = in_force(edge.url)["fleet"]
             assert (before["seen"], before["using"]) == (0, 0)
             assert at_cloud(there, json={"signed": first.read_text()}).status_code == 200
-            assert until(lambda: in_force(edge.url)["fleet"]["using"] == 1, 60)
-            assert until(lambda: at_cloud(there).json()["edges"][0]["using"] == 1, 60)
+            assert until(lambda: in_force(edge.url)["fleet"]["using"] == 1)
+            assert until(lambda: at_cloud(there).json()["edges"][0]["using"] == 1)
             answer = {"model": "auto", "messages": [{"role": "user", "content": "def f(x): return x"}], "max_tokens": 2}
             reply = httpx.post(f"{edge.url}/v1/chat/completions", json=answer, timeout=120)
             assert "of_the_fleet" in reply.headers["x-causeway-reason"]
@@ -95,20 +96,20 @@ def test_a_fleet_from_the_first_key_to_the_rollback(tmp_path: Path, model_path: 
                 headers={"authorization": f"Bearer {token}"},
             )  # fmt: skip
             assert back.status_code == 200
-            assert until(lambda: at_cloud(there).json()["edges"][0]["code"] == "replaced", 60)
-            assert until(lambda: bool(at_cloud(there).json()["problems"]), 60)
+            assert until(lambda: at_cloud(there).json()["edges"][0]["code"] == "replaced")
+            assert until(lambda: bool(at_cloud(there).json()["problems"]))
 
     with serving(tmp_path, *settings) as there:
         where = ("--cloud", there.replace("http:", "ws:"))
         with edge_agent(tmp_path / "edge", *edge_args, *where, **edge_env) as edge:
-            assert until(lambda: at_cloud(there).json()["connected"] == 1, 60)
+            assert until(lambda: at_cloud(there).json()["connected"] == 1)
             found = in_force(edge.url)
             assert (found["current"]["version"], found["fleet"]["seen"], found["fleet"]["using"]) == (0, 1, 0)
             assert [act["who"] for act in found["acts"]] == ["admin", "fleet", "fleet"]
             assert found["broken_at"] is None
             second = signed(2, "mode: prefer_edge\n")
             assert at_cloud(there, json={"signed": second.read_text()}).status_code == 200
-            assert until(lambda: in_force(edge.url)["fleet"]["using"] == 2, 60)
+            assert until(lambda: in_force(edge.url)["fleet"]["using"] == 2)
 
 
 def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:

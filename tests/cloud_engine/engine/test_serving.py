@@ -6,7 +6,8 @@ from contextlib import aclosing
 
 import pytest
 import tiny_llama
-from tiny_serving import LONG, WAIT_S, collect, idle, request, serving_tiny, until
+from tiny_serving import LONG, collect, idle, request, serving_tiny, until
+from waiting import HANG_S
 
 from cloud_engine.engine import serving
 from cloud_engine.engine.serving import EngineAnswer, load_engine
@@ -135,7 +136,7 @@ async def test_one_tenant_cannot_fill_the_way_in(tiny_model, monkeypatch):
     release = threading.Event()
     async with serving_tiny(tiny_model, max_waiting=4) as answer:
         encode = answer._tokenizer.encode
-        monkeypatch.setattr(answer._tokenizer, "encode", lambda text: (release.wait(WAIT_S), encode(text))[1])
+        monkeypatch.setattr(answer._tokenizer, "encode", lambda text: (release.wait(HANG_S), encode(text))[1])
         short = request(sampling=Sampling(temperature=0, max_tokens=2, ignore_eos=True))
 
         async def one(tenant: str) -> str:
@@ -166,7 +167,7 @@ async def test_an_engine_that_fails_leaves_nobody_waiting(tiny_model, monkeypatc
         monkeypatch.setattr(answer._engine.runner, "run", broken)
         for deltas in live:
             with pytest.raises(UpstreamFailed) as failed:
-                async with asyncio.timeout(WAIT_S):
+                async with asyncio.timeout(HANG_S):
                     async for _ in deltas:
                         pass
             assert "hello" not in str(failed.value)
@@ -194,7 +195,7 @@ async def test_closing_ends_live_requests_and_threads(tiny_model):
         await anext(deltas)
         await answer.aclose()
         with pytest.raises(Overloaded):
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(HANG_S):
                 async for _ in deltas:
                     pass
         with pytest.raises(Overloaded):
@@ -207,7 +208,7 @@ async def test_a_template_that_does_not_end_times_out(tiny_model, monkeypatch):
     async with serving_tiny(tiny_model) as answer:
         release = threading.Event()
         monkeypatch.setattr(serving, "ENCODE_TIMEOUT_S", 0.05)
-        monkeypatch.setattr(answer, "_tokens", lambda asked: release.wait(WAIT_S))
+        monkeypatch.setattr(answer, "_tokens", lambda asked: release.wait(HANG_S))
         with pytest.raises(DeadlineExceeded):
             await collect(answer, request())
         release.set()

@@ -11,7 +11,8 @@ import torch
 from fakes import EchoAnswer, FakeEngine
 from prometheus_client import CollectorRegistry
 from serving import served
-from tiny_serving import WAIT_S, collect, idle, request, serving_tiny, until
+from tiny_serving import collect, idle, request, serving_tiny, until
+from waiting import HANG_S
 
 from cloud_engine.engine import vectors
 from cloud_engine.gateway.limits import TenantLimits
@@ -121,7 +122,7 @@ async def test_who_leaves_is_not_computed_for(tiny_model):
             await until(engine, lambda stats: stats.embedded_tokens > 0)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(HANG_S):
             while not events:  # noqa: ASYNC110 - nothing announces it
                 await asyncio.sleep(0.001)
         reply = await api.embeddings.create(model="tiny", input="hello")

@@ -1,4 +1,3 @@
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -146,9 +145,7 @@ async def test_looking_wakes_nothing(tmp_path: Path) -> None:
     """Health, metrics, models and status count no token and ask no model."""
     async with edge(tmp_path) as (daemon, client):
         for path in ("/health", "/metrics", "/v1/models", "/admin/status"):
-            started = time.monotonic()
             assert (await client.get(path, headers=GOOD)).status_code == 200
-            assert time.monotonic() - started < 5
 
         assert daemon.local.counted == 0  # type: ignore[attr-defined]
         assert daemon.local.inner.begun == 0  # type: ignore[attr-defined]

@@ -16,8 +16,6 @@ from edge_agent.backends.pipe import Cancel, Frame, FromModel, Load, Ready
 from shared.errors import UpstreamFailed
 from shared.gguf import ModelInvalid
 
-WAIT_S = 60.0
-
 
 class Life:
     """What a keeper said: the process came up, or it went down and why, and in how many seconds the next starts."""

@@ -12,7 +12,7 @@ import msgspec
 import psutil
 import pytest
 import pytest_asyncio
-from waiting import until
+from waiting import HANG_S, until
 
 from edge_agent.backends import llama
 from edge_agent.backends.keeper import KeeperRules
@@ -31,8 +31,6 @@ from shared.schemas import ChatRequest, Delta, Message, Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
 
-WAIT_S = 60.0
-
 
 def ask(content: str, **sampling: Any) -> ChatRequest:
     fields = {"temperature": 0.0, "max_tokens": 12} | sampling
@@ -42,7 +40,7 @@ def ask(content: str, **sampling: Any) -> ChatRequest:
 
 
 async def answer(backend: LlamaBackend, request: ChatRequest) -> list[Delta]:
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(HANG_S):
         return [delta async for delta in backend.answer(request)]
 
 
@@ -219,7 +217,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_by_name(narrow: LlamaBacken
 async def test_strange_prompts_cost_bounded_time(backend: LlamaBackend, text: str) -> None:
     """Tokenized or refused, but not thought about for ever."""
     with suppress(ContextTooLong, BadRequest):
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(HANG_S):
             assert await backend.count_tokens(ask(text)) > 0
 
 
@@ -240,7 +238,7 @@ async def test_closing_ends_what_runs(model_path: Path) -> None:
         await anext(running)
         await backend.aclose()
         with pytest.raises(UpstreamFailed, match="closed"):
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(HANG_S):
                 while True:
                     await anext(running)
         with pytest.raises(CausewayError):
@@ -271,14 +269,14 @@ async def test_who_runs_when_the_process_dies_gets_an_error_and_who_waits_an_ans
     narrow: LlamaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, typed, to be tried again; the waiting one is answered by the next process."""
-    monkeypatch.setattr(llama, "PATIENCE_S", WAIT_S)  # however slowly this machine starts one
+    monkeypatch.setattr(llama, "PATIENCE_S", HANG_S)  # however slowly this machine starts one
     async with aclosing(narrow.answer(ask("Count.", max_tokens=200, ignore_eos=True))) as running:
         await anext(running)
         waiting = asyncio.create_task(answer(narrow, ask("Say hello.", max_tokens=3)))
         await until(lambda: narrow.reading().queue_depth == 1)
         process_of(narrow).send_signal(signal.SIGSEGV)
         with pytest.raises(UpstreamFailed, match="SIGSEGV") as raised:
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(HANG_S):
                 while True:
                     await anext(running)
         assert not narrow.reading().available
@@ -297,7 +295,7 @@ async def test_a_request_that_was_there_at_two_deaths_is_refused(
     narrow: LlamaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under whatever id it comes back; who merely waited, or asks something else, is served."""
-    monkeypatch.setattr(llama, "PATIENCE_S", WAIT_S)
+    monkeypatch.setattr(llama, "PATIENCE_S", HANG_S)
     poison = ask("Count.", max_tokens=200, ignore_eos=True)
     for number in range(2):
         async with aclosing(narrow.answer(msgspec.structs.replace(poison, id=f"try{number}"))) as running:
@@ -350,7 +348,7 @@ async def test_a_process_that_hangs_is_ended(model_path: Path) -> None:
             hung = process_of(backend)
             hung.suspend()
             with pytest.raises(UpstreamFailed, match="no sign of life"):
-                async with asyncio.timeout(WAIT_S):
+                async with asyncio.timeout(HANG_S):
                     while True:
                         await anext(running)
         await until(lambda: backend.reading().available)

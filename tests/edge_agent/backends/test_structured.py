@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from waiting import HANG_S
 
 from edge_agent.backends.llama import LlamaBackend
 from shared.errors import BadRequest
@@ -16,7 +17,6 @@ from shared.schemas import ChatRequest, Delta, Grammar, Message, Sampling, Tool
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module")]
 
-WAIT_S = 90.0
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -52,7 +52,7 @@ def ask(text: str = "Tell me about somebody, in JSON.", sampling: Sampling | Non
 
 
 async def answer(backend: LlamaBackend, request: ChatRequest) -> list[Delta]:
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(HANG_S):
         return [delta async for delta in backend.answer(request)]
 
 
