@@ -228,7 +228,8 @@ async def _body(request: Request, kind: type[T]) -> T:
         return msgspec.json.decode(await request.body(), type=kind)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
-        raise BadRequest(what, param=where.rstrip("`") or None, source="edge") from None
+        field = where.rstrip("`")
+        raise BadRequest(f"{field}: {what}" if field else what, param=field or None, source="edge") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadRequest("the body is not JSON", source="edge") from None
 

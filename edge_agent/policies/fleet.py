@@ -147,7 +147,7 @@ class FleetFollower:
             raise NotForThisEdge("it is meant for other edges", param="groups")
         policy = usable(found.source, name=f"fleet version {found.version}")
         if (what := loosened(policy, self._center.own())) is not None:
-            raise LoosensPrivacy(f"fleet version {found.version}: {what}", param=what.partition(":")[0])
+            raise LoosensPrivacy(what, param=what.partition(":")[0])
         return policy
 
     def _check_newer(self, found: FleetPolicy) -> None:

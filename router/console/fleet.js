@@ -23,15 +23,15 @@ function cloud({ connected, offered, seen, answered_at: at }) {
   });
 }
 
-function here({ edge, group, seen, using, refused, code, message, stricter }) {
+function here({ edge, group, offered, seen, using, refused, code, message, stricter }) {
   const state = refused ? { good: false, text: `version ${refused} refused` } : using ? { good: true, text: `version ${using} in force` } : null;
   const why = refused || code ? h("p", { class: refused ? "bad" : "faint" }, `${code}: ${message}`) : null;
   return card("This device", state, {
     name: edge,
     group: group || "none",
     "in force": using ? version(using) : "none of the fleet's",
-    "newest ever taken": seen ? version(seen) : "none",
-    "its own policy is stricter": stricter ? "yes: what the fleet sent was refused" : refused || !using ? "not known" : "no",
+    "newest taken": seen ? version(seen) : "none",
+    "own policy stricter": stricter ? "yes, so refused" : refused || !using || offered > seen ? "not known" : "no",
   }, why);
 }
 

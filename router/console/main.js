@@ -36,7 +36,8 @@ async function open() {
     return work();
   };
   document.title = `Causeway: ${name}`;
-  if (!(await run(() => pages[name](shown, { run, every }))) && !shown.children.length) shown.append(empty(connection.textContent), h("button", { onclick: open }, "Try again"));
+  if (await run(() => pages[name](shown, { run, every }))) return;
+  shown.replaceChildren(empty(connection.textContent), h("div", { class: "row" }, h("button", { onclick: open }, "Try again")));
 }
 
 async function run(work, said = null) {

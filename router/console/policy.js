@@ -14,9 +14,9 @@ export async function policy(page, { run, every }) {
   const lines = h("pre", { "aria-hidden": "true" });
   const verdict = h("p", { role: "status", id: "verdict" });
   const problems = h("ul", { class: "problems" });
-  const result = h("div", { "aria-live": "polite" });
+  const result = h("div", { class: "stack", "aria-live": "polite" });
   const changes = h("div");
-  const percent = h("input", { type: "number", min: "1", max: "99", value: "10", "aria-label": "percent of the conversations" });
+  const percent = h("input", { type: "number", min: "1", max: "99", value: "10", required: true, "aria-label": "percent of the conversations" });
   const buttons = {
     replay: h("button", { onclick: () => attempt(replay) }, "Replay"),
     activate: h("button", { class: "main", onclick: () => attempt(activate) }, "Activate"),
@@ -153,6 +153,7 @@ export async function policy(page, { run, every }) {
   }
 
   async function tryOut() {
+    if (!percent.reportValidity()) return;
     const share = Number(percent.value);
     const reason = await why("Try out", `It decides ${share} % of the conversations, and is withdrawn by itself if too many of them fail.`);
     if (!reason) return;

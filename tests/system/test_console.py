@@ -167,7 +167,7 @@ async def test_the_fleet_is_shown(tmp_path: Path) -> None:
             await expect(page.get_by_text("version 3 in force")).to_be_visible()
             await offer(4, signed(4, "mode: prefer_cloud\nprivacy: {personal: free}"))
         await expect(page.get_by_text("version 4 refused")).to_be_visible()
-        await expect(page.get_by_text("yes: what the fleet sent was refused")).to_be_visible()
+        await expect(page.get_by_text("yes, so refused")).to_be_visible()
         await expect(page.locator("tbody tr")).to_contain_text("fleet version 4: loosens_privacy")
         await page.get_by_role("link", name="History").click()
         await expect(page.get_by_text("The record is whole")).to_be_visible()
