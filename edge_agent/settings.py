@@ -116,7 +116,7 @@ class EdgeSettings(Settings):
         return None if url is None else redis_address(url)
 
     @model_validator(mode="after")
-    def _coherent(self) -> Self:
+    def _tls_is_whole(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise PydanticCustomError("tls", "tls_cert and tls_key belong together")
         return self

@@ -14,7 +14,6 @@ from typing import Final, Literal, Self
 from router.clauses import Breaker
 from shared.errors import BadRequest, Cancelled, CausewayError, RequestConflict
 
-ROUND_TRIP_GAIN: Final = 1 / 8  # RFC 6298's gain for a smoothed round trip
 FIRST_TOKEN_GAIN: Final = 1 / 5
 
 State = Literal["closed", "open", "half_open"]
@@ -49,7 +48,6 @@ class CloudHealth:
     cool_down_s: float = 0.0
     """Of the current opening."""
     probing: bool = False
-    round_trip_s: float | None = None
     first_token_s: float | None = None
 
     def state(self, now: float) -> State:
@@ -95,14 +93,9 @@ class CloudHealth:
         known = replace(known, recent=(*self.recent, outcome.ok)[-breaker.window :])
         return known._opened(now, breaker.cool_down_s) if known._failing(breaker) else known
 
-    def after_round_trip(self, seconds: float) -> "CloudHealth":
-        """Report every answered ping."""
-        return replace(self, round_trip_s=_smoothed(self.round_trip_s, seconds, ROUND_TRIP_GAIN))
-
     def after_connect(self, now: float) -> "CloudHealth":
-        """A new connection is no proof, but reason enough to probe at once. The old link's round trip is forgotten."""
-        fresh = replace(self, round_trip_s=None)
-        return fresh if self.retry_at is None else replace(fresh, retry_at=min(now, self.retry_at), probing=False)
+        """A new connection is no proof, but reason enough to probe at once."""
+        return self if self.retry_at is None else replace(self, retry_at=min(now, self.retry_at), probing=False)
 
     def _failing(self, breaker: Breaker) -> bool:
         in_a_row = self.recent[-breaker.consecutive_failures :]

@@ -232,18 +232,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if not tokens:
         return None
-    content = [
-        {
-            "token": token.token,
-            "logprob": finite(token.logprob),
-            "bytes": token.bytes,
-            "top_logprobs": [
-                {"token": top.token, "logprob": finite(top.logprob), "bytes": top.bytes} for top in token.top
-            ],
-        }
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": [token_logprob(token) for token in tokens], "refusal": None}
 
 
 def _text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
@@ -260,6 +249,12 @@ def _text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any
         "top_logprobs": [{top.token: finite(top.logprob) for top in token.top} for token in tokens],
         "text_offset": offsets,
     }
+
+
+def token_logprob(token: TokenLogprob) -> dict[str, Any]:
+    """One token beside those that could have stood there, as every surface writes it."""
+    tops = [{"token": top.token, "logprob": finite(top.logprob), "bytes": top.bytes} for top in token.top]
+    return {"token": token.token, "logprob": finite(token.logprob), "bytes": token.bytes, "top_logprobs": tops}
 
 
 def finite(logprob: float) -> float:

@@ -164,7 +164,3 @@ async def collect(answer: Answer, request: ChatRequest) -> tuple[list[Delta], Ca
     except CausewayError as error:
         return deltas, error
     return deltas, None
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)

@@ -1,11 +1,15 @@
 """Scripted Answers: what a test puts where the Agent, a backend or the engine would be."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 
 from shared.errors import CausewayError
 from shared.schemas import Answer, ChatRequest, Delta, Route, TokenLogprob, TopLogprob, Usage
+
+
+def text_of(deltas: Iterable[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
 
 
 class ScriptedAnswer:

@@ -6,9 +6,7 @@ sequence's seed and the token's position alone, never on the batch around it or 
 the same text when batches change or work is redone.
 """
 
-import hashlib
 import math
-import struct
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from cloud_engine.engine.draw import Draw, has_penalty
 from cloud_engine.model.rowwise import greatest
 from cloud_engine.staging import stage
+from shared.noise import uniform
 from shared.schemas import Sampling
 
 FAILED = -1
@@ -94,12 +93,6 @@ def _logprobs(logits: Tensor, tokens: Tensor, draws: List[Draw]) -> list[Tensor]
     values, ids = logprobs.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)
     found = torch.cat([own.double(), ids.double(), values.double()], dim=1)
     return [found.new_zeros(len(draws), found.shape[1]).index_copy_(0, rows, found)]
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 48 random bits, fixed by its arguments."""
-    digest = hashlib.blake2b(struct.pack("<qQ", seed, position), digest_size=6).digest()
-    return int.from_bytes(digest, "little") / (1 << 48)
 
 
 def _penalised(logits: Tensor, draws: List[Draw]) -> Tensor:

@@ -4,9 +4,7 @@ Order: penalties, biases, what may not be drawn at all, temperature, top-k, top-
 seed and the token's position alone, never on what was drawn before or on the batch around it.
 """
 
-import hashlib
 import math
-import struct
 from collections.abc import Set
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from shared.errors import BadRequest, UpstreamFailed
 from shared.guides import Guide
+from shared.noise import uniform
 from shared.schemas import Sampling
 
 Floats = NDArray[np.float32]
@@ -128,12 +127,6 @@ class Sampler:
         # Right of the point is the first token whose own weight is not zero.
         index = min(int(cumulative.searchsorted(point, side="right")), len(ids) - 1)
         return int(ids[index])
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 48 random bits, fixed by its arguments."""
-    digest = hashlib.blake2b(struct.pack("<qQ", seed, position), digest_size=6).digest()
-    return int.from_bytes(digest, "little") / (1 << 48)
 
 
 def _top(row: Floats, count: int) -> NDArray[np.intp]:

@@ -3,8 +3,9 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from edge_sides import HERE, LAST, THERE, Link, Local, Remote, Turns, ask, collect, text_of
-from fakes import ScriptedAnswer
+from cascade_parts import routes
+from edge_sides import HERE, LAST, THERE, Link, Local, Remote, Turns, ask, collect
+from fakes import ScriptedAnswer, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,10 +65,6 @@ class Edge:
     @property
     def sent(self) -> list[ChatRequest]:
         return self.remote.seen if self.remote else []
-
-
-def routes(deltas: list[Delta]) -> list[Route]:
-    return [delta.route for delta in deltas if delta.route]
 
 
 async def test_answers_here_by_default() -> None:

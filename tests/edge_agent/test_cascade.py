@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from cascade_parts import AT_ONCE, HERE, POLICY, SURE, UNSURE, Edge, routes, said
 from edge_apps import edge
-from edge_sides import LAST, THERE, ask, collect, text_of
-from fakes import ScriptedAnswer
+from edge_sides import LAST, THERE, ask, collect
+from fakes import ScriptedAnswer, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

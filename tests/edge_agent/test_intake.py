@@ -3,8 +3,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
-from edge_sides import HERE, ask, collect, text_of
-from fakes import ScriptedAnswer
+from edge_sides import HERE, ask, collect
+from fakes import ScriptedAnswer, text_of
 from waiting import HANG_S
 
 from edge_agent.caller import ANYONE, Caller

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 from cascade_parts import HERE, POLICY, Edge, answer, routes
-from edge_sides import LAST, Local, ask, collect, text_of
-from fakes import ScriptedAnswer
+from edge_sides import LAST, Local, ask, collect
+from fakes import ScriptedAnswer, text_of
 
 from edge_agent.backends.llama import LlamaBackend
 from edge_agent.second_sample import Compared, Second

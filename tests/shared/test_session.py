@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from fakes import text_of
 from wires import World
 
 from shared import frames
@@ -27,10 +28,6 @@ def running(world: World, request_id: str = "r") -> tuple[Stream, Execution]:
     stream = world.open(request_id)
     world.settle()
     return stream, world.started[-1][0]
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 def sent(world: World) -> list[Frame]:

@@ -8,7 +8,7 @@ import msgspec
 
 from edge_agent.api.gathered import Called, Gathered
 from shared.errors import CausewayError
-from shared.replies import causeway_object, finite, marked
+from shared.replies import causeway_object, marked, token_logprob
 from shared.schemas import Delta, Route, TokenLogprob
 
 Kind = Literal["chat", "generate"]
@@ -47,7 +47,7 @@ class _Encoder:
             said = {"message": {"role": "assistant", "content": text}}
             if calls:
                 said["message"]["tool_calls"] = [_call(call) for call in calls]
-        probabilities = {"logprobs": [_logprob(token) for token in logprobs]} if logprobs else {}
+        probabilities = {"logprobs": [token_logprob(token) for token in logprobs]} if logprobs else {}
         return msgspec.json.encode({"model": self._model, "created_at": created, **said, **probabilities, **rest})
 
     def _ending(self) -> dict[str, Any]:
@@ -113,11 +113,6 @@ def loaded_object(kind: Kind, model: str, reason: str, now: datetime) -> bytes:
 
 def _call(call: Called) -> dict[str, Any]:
     return {"id": call.id, "function": {"name": call.name, "arguments": call.object()}}
-
-
-def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    tops = [{"token": top.token, "logprob": finite(top.logprob), "bytes": top.bytes} for top in token.top]
-    return {"token": token.token, "logprob": finite(token.logprob), "bytes": token.bytes, "top_logprobs": tops}
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -8,8 +8,8 @@ import msgspec
 from edge_agent.api.gathered import Called, Gathered
 from edge_agent.api.responses.read import ResponsesBody, ResponsesCall
 from shared.errors import CausewayError
-from shared.replies import causeway_object, error_body, finite, marked, service_tier
-from shared.schemas import Delta, Route, TokenLogprob, ToolPiece, Usage
+from shared.replies import causeway_object, error_body, marked, service_tier, token_logprob
+from shared.schemas import Delta, Route, ToolPiece, Usage
 
 Keep = Callable[[dict[str, Any], Gathered], None]
 """Takes a finished response."""
@@ -77,7 +77,7 @@ class Events:
         ]
 
     def _text(self, delta: Delta) -> dict[str, Any]:
-        logprobs = [_logprob(token) for token in delta.logprobs]
+        logprobs = [token_logprob(token) for token in delta.logprobs]
         self._logprobs += logprobs
         self._items[-1].setdefault("texts", []).append(delta.text)
         return self._part_event("response.output_text.delta", delta=delta.text, logprobs=logprobs, **marked(delta))
@@ -230,11 +230,6 @@ def _call_item(item_id: str, call: Called, status: str) -> dict[str, Any]:
 
 def _part(text: str, logprobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
-
-
-def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    tops = [{"token": top.token, "logprob": finite(top.logprob), "bytes": top.bytes} for top in token.top]
-    return {"token": token.token, "logprob": finite(token.logprob), "bytes": token.bytes, "top_logprobs": tops}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

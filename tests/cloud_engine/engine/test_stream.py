@@ -1,5 +1,6 @@
 import pytest
 import tiny_llama
+from fakes import text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +26,6 @@ def play(tokenizer, tokens, *, stop=(), ending="length", **sampling) -> list[Del
         if stream.stopped:
             break
     return made
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import tiny_llama
+from fakes import text_of
 from tiny_serving import collect, idle, request, serving_tiny
 
 from shared import guides
@@ -25,10 +26,6 @@ ITEM = json.dumps(
 )
 JSON = Grammar(syntax="json_schema", text=ITEM)
 DATE = Grammar(syntax="regex", text=r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-
-
-def text_of(deltas) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

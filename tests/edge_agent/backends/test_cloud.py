@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import trustme
-from fakes import EchoAnswer, ScriptedAnswer
+from fakes import EchoAnswer, ScriptedAnswer, text_of
 from faults import Proxy, faulty
 from serving import served
 from starlette.applications import Starlette
@@ -90,10 +90,6 @@ async def site(answer: Answer, *, rules: Rules | None = None) -> AsyncIterator[S
 
 async def collect(backend: CloudBackend, request: ChatRequest) -> list[Delta]:
     return [delta async for delta in backend.answer(request)]
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 @pytest.mark.parametrize("subprotocol", SUBPROTOCOLS)

@@ -12,6 +12,7 @@ import msgspec
 import psutil
 import pytest
 import pytest_asyncio
+from fakes import text_of
 from waiting import HANG_S, until
 
 from edge_agent.backends import llama
@@ -42,10 +43,6 @@ def ask(content: str, **sampling: Any) -> ChatRequest:
 async def answer(backend: LlamaBackend, request: ChatRequest) -> list[Delta]:
     async with asyncio.timeout(HANG_S):
         return [delta async for delta in backend.answer(request)]
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 def process_of(backend: LlamaBackend) -> psutil.Process:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from fakes import text_of
 from waiting import HANG_S
 
 from edge_agent.backends.llama import LlamaBackend
@@ -54,10 +55,6 @@ def ask(text: str = "Tell me about somebody, in JSON.", sampling: Sampling | Non
 async def answer(backend: LlamaBackend, request: ChatRequest) -> list[Delta]:
     async with asyncio.timeout(HANG_S):
         return [delta async for delta in backend.answer(request)]
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 def calls_of(deltas: list[Delta]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Tokens to deltas: characters whole, stop strings never shown, every token counted once."""
 
+from fakes import text_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,10 +30,6 @@ def run(tokens: list[int], *, limit: int = 10_000, **sampling: object) -> list[D
             if delta.finish_reason is not None:
                 break
     return deltas
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
 
 
 @given(st.text(max_size=40))

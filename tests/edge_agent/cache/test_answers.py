@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 from cache_parts import Clock, greedy
-from edge_sides import HERE, LAST, THERE, Link, Local, Remote, ask, collect, text_of
-from fakes import EchoAnswer, ScriptedAnswer
+from edge_sides import HERE, LAST, THERE, Link, Local, Remote, ask, collect
+from fakes import EchoAnswer, ScriptedAnswer, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
