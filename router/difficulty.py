@@ -136,13 +136,10 @@ class Difficulty:
 
     def judge(self, dense: Floats, where: Array, weight: Floats) -> Verdict:
         """The verdict over an encoded prompt."""
-        heads = self.heads
-        shares, gain = heads.panel.ask(dense, where, weight)
-        known = sum(shares)
-        vector = dense[-1 - len(self.encoder.scale) : -1]
-        gain += (1 - known) * (math.tanh(float(vector @ heads.prior[:-1])) * 0.25 + float(heads.prior[-1]))
-        score = logistic(float(heads.curve[0]) * gain + float(heads.curve[1]))
-        return Verdict(score, gain, known, dict(zip(self.names, shares, strict=True)))
+        shares, gain = self.heads.panel.ask(dense, where, weight)
+        slope, intercept = self.heads.curve.tolist()
+        score = logistic(slope * gain + intercept)
+        return Verdict(score, gain, sum(shares), dict(zip(self.names, shares, strict=True)))
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Per text, the calibrated probability that the cloud is needed: right where the edge is wrong."""

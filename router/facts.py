@@ -48,20 +48,21 @@ class Case:
     def scenario(self) -> Class:
         """The request's class: what the first rule gives that has one and holds, else the one that was asked for or
         guessed, which is also what these rules see."""
+        if not self.policy.classing:
+            return self.request.scenario
         own = Facts(self)
         own["class"] = self.request.scenario.name
-        for rule in self.policy.rules:
-            if rule.scenario is not None and _matching(rule, own, safe=False) is not None:
-                return Class(rule.scenario, guessed=False)
-        return self.request.scenario
+        given = (rule.scenario for rule in self.policy.classing if _matching(rule, own, safe=False) is not None)
+        name = next(given, None)
+        return self.request.scenario if name is None else Class(name, guessed=False)
 
     @cached_property
     def labelled(self) -> Match | None:
         """The first of the rules that give the strictest label; None unless it is stricter than the request's own and
         the policy's."""
         found, strictest = None, self._asked
-        for rule in self.policy.rules:
-            if rule.label == "free" or LABELS.index(rule.label) >= strictest:
+        for rule in self.policy.labelling:
+            if LABELS.index(rule.label) >= strictest:
                 continue
             if (match := _matching(rule, self.facts, safe=True)) is not None:
                 found, strictest = match, LABELS.index(rule.label)
@@ -91,8 +92,8 @@ class Case:
     def match(self) -> Match | None:
         """The administrator's rule that applies: the first with a target whose conditions hold. A rule for the cloud
         does not apply to an edge_only request, which may not go there."""
-        for rule in self.policy.rules:
-            if rule.target is None or (rule.target == "cloud" and self.label == "edge_only"):
+        for rule in self.policy.routing:
+            if rule.target == "cloud" and self.label == "edge_only":
                 continue
             if (match := _matching(rule, self.facts, safe=rule.target == "edge")) is not None:
                 return match

@@ -59,7 +59,8 @@ class Panel:
         logits = np.hstack([heads.gate, heads.weak, heads.strong]).astype(np.float64)
         self._slopes, self._offsets = np.ascontiguousarray(logits[:-1]), logits[-1]
         self._base, self._blend = heads.base.tolist(), heads.blend.tolist()
-        self._forests = [Forest(*trees) for trees in zip(heads.feature, heads.limit, heads.leaf, strict=True)]
+        self._planted = heads.feature, heads.limit, heads.leaf
+        self._forests: dict[tuple[int, ...], Forest] = {}
         counted = [expert for expert, (_, _, gram) in enumerate(self._blend) if gram]
         self._column = {expert: column for column, expert in enumerate(counted)}
         self._gram = np.zeros(
@@ -68,6 +69,7 @@ class Panel:
         self._gram[:, : len(counted)] = heads.gram[:, counted]
         self._middle = heads.middle.astype(np.float32)
         self._whiten = heads.whiten.astype(np.float32, copy=False)
+        self._prior, self._floor = np.ascontiguousarray(heads.prior[:-1]), float(heads.prior[-1])
         self._reach = (heads.reach * len(heads.mean)).tolist()
 
     def gate(self, dense: Floats) -> Floats:
@@ -75,7 +77,8 @@ class Panel:
         return np.array(_shares(self._logits(self._standard(dense))[: self._experts]))
 
     def ask(self, dense: Floats, where: Array, weight: Floats) -> tuple[list[float], float]:
-        """Each expert's share in this prompt (together 1 at most) and the gain that they predict, by these shares."""
+        """Each expert's share in this prompt (together 1 at most), and the gain that they predict by these shares and
+        the prior by what they leave."""
         inputs = self._standard(dense)
         logits, experts = self._logits(inputs), self._experts
         narrow = inputs.astype(np.float32)
@@ -84,7 +87,8 @@ class Panel:
             for expert, share in enumerate(_shares(logits[:experts]))
         ]
         grams = (weight.astype(np.float32, copy=False) @ self._gram.take(where, axis=0)).tolist()
-        gain = 0.0
+        gain = (1 - sum(shares)) * self._expected(dense)
+        trees = self._trees(tuple(expert for expert, share in enumerate(shares) if share), dense)
         for expert, share in enumerate(shares):
             if not share:
                 continue
@@ -92,7 +96,7 @@ class Panel:
             weak, strong = logits[experts + expert], logits[2 * experts + expert]
             said = linear * (logistic(strong) - logistic(weak))
             if forest:
-                said += forest * float(self._forests[expert].sums(dense))
+                said += forest * trees[expert]
             if gram:
                 said += gram * (grams[self._column[expert]] + self._base[expert])
             gain += share * said
@@ -108,6 +112,20 @@ class Panel:
         """Of the gate, of the edge and of the cloud, each by expert."""
         logits: list[float] = (inputs @ self._slopes + self._offsets).tolist()
         return logits
+
+    def _trees(self, heard: tuple[int, ...], dense: Floats) -> dict[int, float]:
+        """What their trees say: of all that are heard at once, and of no others."""
+        asked = tuple(expert for expert in heard if self._blend[expert][1])
+        if not asked:
+            return {}
+        forest = self._forests.get(asked)
+        if forest is None:
+            forest = self._forests[asked] = Forest(*(array[list(asked)] for array in self._planted))
+        return dict(zip(asked, forest.sums(dense).tolist(), strict=True))
+
+    def _expected(self, dense: Floats) -> float:
+        """The prior's gain, by the word vector."""
+        return math.tanh(float(dense[-1 - len(self._prior) : -1] @ self._prior)) * 0.25 + self._floor
 
     def _familiarity(self, inputs: Array, expert: int) -> float:
         """1 where the prompt lies where the expert's training questions lay, falling to 0 with the distance."""

@@ -164,6 +164,19 @@ class Policy(Written):
         return {name: override.over(self) for name, override in self.tenants.items()}
 
     @cached_property
+    def routing(self) -> tuple[Rule, ...]:
+        """The rules that say where a request goes; then those that label it, and those that give it a class."""
+        return tuple(rule for rule in self.rules if rule.target is not None)
+
+    @cached_property
+    def labelling(self) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if rule.label != "free")
+
+    @cached_property
+    def classing(self) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if rule.scenario is not None)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Names what is in force, whatever its file is called or how it is written."""
         return hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()[:12]

@@ -153,8 +153,10 @@ def _measure(text: str, stem: str, options: str, asked: str, length: int) -> lis
 
 def _subjects(said: Tokens) -> list[int]:
     """How many of the tokens each word list of the lexicon has."""
-    found = b"".join(map(_categories().get, said.words + said.commands, repeat(b"")))
-    return list(map(found.count, range(len(LEXICON))))
+    counts = [0] * len(LEXICON)
+    for number in b"".join(map(_categories().get, said.words + said.commands, repeat(b""))):
+        counts[number] += 1
+    return counts
 
 
 def _shape(stem: str, asked: str, said: Tokens) -> list[float]:
@@ -181,7 +183,7 @@ def _shape(stem: str, asked: str, said: Tokens) -> list[float]:
 def _quantities(numbers: Sequence[str], tokens: int) -> Sequence[float]:
     if not numbers:
         return _NO_QUANTITIES
-    values = [_value(number) for number in numbers[:50] if len(number) < 20]
+    values = [float(number) if number.isdecimal() else _value(number) for number in numbers[:50] if len(number) < 20]
     return [
         math.log1p(len(numbers)),
         math.log1p(len(set(numbers))),
@@ -199,8 +201,6 @@ _NO_QUANTITIES = (0.0,) * 8
 
 def _value(number: str) -> float:
     """With commas between thousands; of several points only the last is one."""
-    if number.isdecimal():
-        return float(number)
     whole, point, part = number.replace(",", "").rpartition(".")
     return float(f"{whole.replace('.', '')}{point}{part}")
 

@@ -17,6 +17,9 @@ Check = Callable[[str], bool]
 SUPPORTED_REGIONS: Final = frozenset(map(str, phonenumbers.SUPPORTED_REGIONS))
 
 
+_DIGITS: Final = re.compile(r"\d+")
+
+
 def anything(_: str) -> bool:
     return True
 
@@ -48,8 +51,8 @@ def is_email(text: str) -> bool:
 
 def is_phone(text: str, regions: Sequence[str]) -> bool:
     """With a country code by its own number plan, without one by that of any of `regions`."""
-    digits = _digits(text)
-    groups = "".join(char if char.isdecimal() else " " for char in text).split()
+    groups = _DIGITS.findall(text)
+    digits = "".join(groups)
     if not 7 <= len(digits) <= 15 or len(set(digits)) < 3 or _is_date(groups) or _spelled(groups):
         return False
     if text.startswith("+"):
@@ -106,7 +109,7 @@ def entropy(text: str) -> float:
 
 
 def _digits(text: str) -> str:
-    return "".join(char for char in text if char.isdecimal())
+    return "".join(_DIGITS.findall(text))
 
 
 def _is_date(groups: Sequence[str]) -> bool:

@@ -112,6 +112,8 @@ class Detector:
 
     def _of_kind(self, index: int, raw: bytes, checked: Counter[int]) -> Iterator[tuple[int, int]]:
         kind, context = self._kinds[index], self._contexts[index]
+        if context is not None and not context.search(raw):
+            return  # nowhere in the text: then near no candidate
         for match in self._patterns[index].finditer(raw):
             start, end = match.span(match.lastindex or 0)
             if context is not None and not context.search(_around(raw, start, end)):

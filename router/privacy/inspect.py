@@ -4,6 +4,7 @@ There is one walk for both, over all fields but those that hold no user's text, 
 through from its first day, and nothing that was found can be missed when it is replaced.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -20,6 +21,8 @@ from shared.schemas import ChatRequest
 
 _STRUCTURAL: Final = frozenset({"model", "label", "role", "syntax", "tool_choice", "priority", "scenario"})
 """Fields whose text is the protocol's, or which are never sent."""
+_BARE: Final = frozenset({int, float, bool})
+"""What holds no text."""
 _JSON: Final = frozenset({"arguments", "parameters"})
 """Fields whose text is JSON, and must still be when it is redacted."""
 MIN_REPEATED: Final = 4
@@ -148,14 +151,19 @@ def _walk(value: T, rewrite: Rewrite, field: str = "") -> T:
     return _walked(value, rewrite, field)  # type: ignore[no-any-return]
 
 
+@functools.cache
+def _walked_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    return tuple(name for name in kind.__struct_fields__ if name not in _STRUCTURAL)
+
+
 def _walked(value: Any, rewrite: Rewrite, field: str) -> Any:
     if isinstance(value, str):
         return rewrite(value, field in _JSON)
     if isinstance(value, msgspec.Struct):
         changed = {}
-        for name in value.__struct_fields__:
-            before = getattr(value, name)  # what is empty holds no text
-            if before and name not in _STRUCTURAL and (now := _walked(before, rewrite, name)) is not before:
+        for name in _walked_fields(type(value)):
+            before = getattr(value, name)  # what is empty holds no text, nor does a number
+            if before and type(before) not in _BARE and (now := _walked(before, rewrite, name)) is not before:
                 changed[name] = now
         return msgspec.structs.replace(value, **changed) if changed else value
     if isinstance(value, tuple | list):
