@@ -92,7 +92,8 @@ class Offload:
             request, redaction = redacted(request, policy.privacy.detector, self._secret)
         except Exception as error:  # whatever broke, what was not looked through does not leave
             raise Withheld("it could not be redacted, and so stays on the device", source="edge") from error
-        return request, Originals(redaction)
+        in_json = request.grammar is not None and request.grammar.syntax == "json_schema"
+        return request, Originals(redaction, in_json=in_json)
 
     def _admit(self, policy: Policy) -> None:
         now = self._clock()

@@ -1,5 +1,6 @@
-"""What was redacted of a request, put back into its answer while it comes: into the text, into each call's arguments,
-which are JSON, into the stop string that ended it, and into the tokens whose probabilities were asked for."""
+"""What was redacted of a request, put back into its answer while it comes: into the text, which may have to be JSON,
+into each call's arguments, which are JSON, into the stop string that ended it, and into the tokens whose probabilities
+were asked for."""
 
 from collections.abc import Iterator
 
@@ -10,13 +11,14 @@ from shared.schemas import Delta, TokenLogprob, ToolPiece
 
 
 class Originals:
-    """Of one answer. What might be the start of a placeholder is held back for the next delta."""
+    """Of one answer; `in_json` if its text must be JSON. What might be the start of a placeholder is held back for the
+    next delta."""
 
-    def __init__(self, redaction: Redaction) -> None:
+    def __init__(self, redaction: Redaction, *, in_json: bool = False) -> None:
         self._redaction = redaction
-        self._text = redaction.restorer()
+        self._text = redaction.restorer(in_json=in_json)
         self._calls: dict[int, Restorer] = {}
-        self._tokens = Tokens(redaction.restorer())
+        self._tokens = Tokens(redaction.restorer(in_json=in_json))
 
     def restored(self, delta: Delta) -> Delta:
         text, last = self._text.push(delta.text), delta.finish_reason is not None
@@ -62,14 +64,13 @@ class Tokens:
             group.append(token)
             at += len(token.token)
             if at <= settled and at not in inside:
-                ready.append(self._joined(group, text[begun:at]))
+                ready.append(self._joined(group, self._restorer.part(text, begun, at)))
                 begun, group = at, []
         self._held = group
         return tuple(ready)
 
-    def _joined(self, group: list[TokenLogprob], text: str) -> TokenLogprob:
-        original = self._restorer.whole(text)
-        if original == text and len(group) == 1:
+    def _joined(self, group: list[TokenLogprob], original: str) -> TokenLogprob:
+        if len(group) == 1 and group[0].token == original:
             return group[0]
         logprob = sum(token.logprob for token in group)
         return TokenLogprob(token=original, logprob=logprob, bytes=tuple(original.encode(errors="replace")))

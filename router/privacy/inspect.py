@@ -17,7 +17,7 @@ import re2
 
 from router.privacy.detect import MAX_CHARS, MAX_FINDINGS, Detector, Finding, Undecided, apart
 from router.privacy.redact import Redaction, conversation_key, plain_of
-from shared.schemas import ChatRequest
+from shared.schemas import ChatRequest, Grammar
 
 _STRUCTURAL: Final = frozenset({"model", "label", "role", "syntax", "tool_choice", "priority", "scenario"})
 """Fields whose text is the protocol's, or which are never sent."""
@@ -151,6 +151,10 @@ def _walk(value: T, rewrite: Rewrite, field: str = "") -> T:
     return _walked(value, rewrite, field)  # type: ignore[no-any-return]
 
 
+def _is_schema(value: msgspec.Struct) -> bool:
+    return isinstance(value, Grammar) and value.syntax == "json_schema"
+
+
 @functools.cache
 def _walked_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
     return tuple(name for name in kind.__struct_fields__ if name not in _STRUCTURAL)
@@ -163,7 +167,8 @@ def _walked(value: Any, rewrite: Rewrite, field: str) -> Any:
         changed = {}
         for name in _walked_fields(type(value)):
             before = getattr(value, name)  # what is empty holds no text, nor does a number
-            if before and type(before) not in _BARE and (now := _walked(before, rewrite, name)) is not before:
+            field = "parameters" if name == "text" and _is_schema(value) else name
+            if before and type(before) not in _BARE and (now := _walked(before, rewrite, field)) is not before:
                 changed[name] = now
         return msgspec.structs.replace(value, **changed) if changed else value
     if isinstance(value, tuple | list):

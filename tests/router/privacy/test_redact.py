@@ -104,6 +104,61 @@ def test_in_json_originals_are_escaped() -> None:
     assert json.loads(arguments) == {"key": 'a"b\\c\nd'}
 
 
+CARD, OTHER_CARD = 4111111111111111, "5500005555555559"
+VALUES = st.recursive(
+    st.sampled_from([CARD, -CARD, 7.5, None, "x", f"pay {OTHER_CARD}", 'anna@example.org said "hi"\n']),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["a", "anna@example.org", OTHER_CARD]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def there_and_back(document: object, indent: int | None, cuts: random.Random) -> tuple[str, str]:
+    """Hidden, and then the same from a model that repeats it."""
+    text = json.dumps(document, indent=indent)
+    made = Redaction(b"k", [text])
+    hidden = made.apply(text, DETECTOR.find(text), as_json=True)
+    pieces, at = [], 0
+    while at < len(hidden):
+        size = cuts.randint(1, 9)
+        pieces.append(hidden[at : at + size])
+        at += size
+    return hidden, restored(made.restorer(in_json=True), pieces)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), VALUES, min_size=1), st.sampled_from([None, 0, 2]), st.randoms())
+def test_json_stays_json_and_numbers_come_back_as_numbers(
+    document: dict[str, object], indent: int | None, cuts: random.Random
+) -> None:
+    """P-5: whatever its shape, JSON is JSON while it is hidden, holds nothing that was found, and comes back as it was:
+    numbers as numbers, sign and all, and strings as strings, in any pieces."""
+    hidden, back = there_and_back(document, indent, cuts)
+    json.loads(hidden)
+    assert not any(value in hidden for value in (str(CARD), OTHER_CARD, "anna@"))
+    assert json.loads(back) == document
+
+
+def test_a_number_that_is_also_a_string_comes_back_as_a_string() -> None:
+    """The model wrote a string, and nobody can tell which of the two it meant."""
+    _, back = there_and_back({"a": CARD, "b": f"{CARD}"}, None, random.Random(1))
+    assert json.loads(back) == {"a": str(CARD), "b": str(CARD)}
+
+
+@pytest.mark.parametrize("spaces", ["", " ", "\n   ", " " * 100])
+def test_a_number_is_a_whole_value_and_never_a_key(spaces: str) -> None:
+    """A key stays a string, and so does what no comma or bracket follows for a long time, or at all."""
+    made = Redaction(b"k", [])
+    hidden = made.apply(f"{CARD}", DETECTOR.find(f"{CARD}"), as_json=True)
+    answer = f"{{{hidden}{spaces}: {hidden}{spaces}, {hidden} : [{hidden}{spaces}]}}"
+    back = restored(made.restorer(in_json=True), list(answer))
+    value = CARD if len(spaces) < 65 else str(CARD)
+    assert json.loads(back, object_pairs_hook=list) == [(str(CARD), value), (str(CARD), [value])]
+    assert restored(made.restorer(in_json=True), list(hidden)) == f'"{CARD}"'
+
+
 def test_a_users_own_text_of_the_same_shape_is_never_a_placeholder() -> None:
     """A text that already holds what would be issued gets a longer one, and its own comes back unchanged."""
     would_be = next(iter(redaction("mail anna@example.org")[1].values))
