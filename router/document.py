@@ -31,6 +31,7 @@ Mark = tuple[int, int]
 """Line and column, from 1."""
 TOP: Final[Mark] = (1, 1)
 
+_FIELD: Final = re.compile(r"([A-Za-z_]\w{0,63}) *:")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")  # which an escape can write
 _NULL: Final = re.compile(r"~|null|Null|NULL|")
 _BOOL: Final = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -121,13 +122,30 @@ class _Fault(Exception):
 
 def _decoded(source: str | bytes) -> str:
     if len(source) > MAX_BYTES:
-        raise _Fault(TOP, f"larger than {MAX_BYTES // 1024} KiB")
+        mark, path = _bulk(source[:MAX_BYTES])
+        raise _Fault(mark, f"larger than {MAX_BYTES // 1024} KiB", path)
     if isinstance(source, str):
         return source
     try:
         return source.decode()
     except UnicodeDecodeError as error:
         raise _Fault((source.count(b"\n", 0, error.start) + 1, 1), "not UTF-8 text") from None
+
+
+def _bulk(source: str | bytes) -> tuple[Mark, Path]:
+    """The field, and where it begins, that takes more than half of a text too large to be read; else its top."""
+    lines = (source if isinstance(source, str) else source.decode(errors="replace")).split("\n")
+    sizes: dict[str, int] = {}
+    begins: dict[str, Mark] = {}
+    field = ""
+    for number, line in enumerate(lines, 1):
+        if found := _FIELD.match(line):
+            field = found[1]
+            begins.setdefault(field, (number, 1))
+        if not line.lstrip().startswith("#"):
+            sizes[field] = sizes.get(field, 0) + len(line) + 1
+    most = max(sizes, key=sizes.__getitem__, default="")
+    return (begins[most], (most,)) if most and sizes[most] * 2 > len(source) else (TOP, ())
 
 
 def _events(text: str) -> Iterator[yaml.Event]:

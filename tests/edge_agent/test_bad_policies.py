@@ -45,7 +45,7 @@ BAD = {
         "tenants.t.rules",
         "no rule is given",
     ),
-    "ten thousand rules": ("mode: only_edge\nrules:\n" + MANY, 1, "", "larger than 256 KiB"),
+    "ten thousand rules": ("mode: only_edge\nrules:\n" + MANY, 2, "rules", "larger than 256 KiB"),
     "four thousand rules": (
         "mode: only_edge\nrules:\n" + "".join(MANY.splitlines(True)[:4000]),
         4002,
