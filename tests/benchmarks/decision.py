@@ -1,17 +1,25 @@
 """What one decision takes: features, privacy, difficulty, rules. Bars: p50 0.5 ms, p99 1.5 ms, on one core.
 
-Prompts of up to 1,000 characters, under `deploy/policy.yaml` with an expression added: it asks for everything. The
+Prompts of up to 1,000 characters, under `deploy/policy.yaml` with an expression added: it asks for everything. Once as
+the functions that decide (`observe` and `decide`, as the bar says), and once as a request meets them: `Agent.plan`,
+which asks for the policy, the link and what was spent, too, and makes the journal's record. Not in either: the sensors'
+readings, which are taken beside requests, and the tokenizer, in whose place tokens are estimated. The
 detector alone, on 30,000 hostile characters: at most 10 ms. Placeholders put back over random splits: no mismatch.
 """
 
+import asyncio
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+from edge_agent.agent import Agent
+from edge_agent.offload import Offload
 from router.decide import decide
 from router.features import DeviceReading, LinkReading, estimate_tokens
 from router.observe import observe
@@ -32,25 +40,49 @@ HOSTILE = ("4" * 30_000, "a@" * 15_000, "+49 " * 7_500, "%34" * 10_000, "QUtJ" *
 def measure(_: Path, rounds: int) -> Iterator[Sample]:
     """Milliseconds, and mismatches."""
     policy = parse(POLICY.read_text().rstrip() + "\n" + EXPRESSION)
-    decisions = [decided(policy, seed) for seed in range(rounds + 1)][1:]  # the first reads the weights
-    yield "decision p50, ms", [quantile(times, 50) for times in decisions]
-    yield "decision p99, ms", [quantile(times, 99) for times in decisions]
+    for name, decide_one in (("decision", functions(policy)), ("decision by the agent", agent(policy))):
+        taken = [asyncio.run(timed(decide_one, seed)) for seed in range(rounds + 1)][1:]  # the first reads the weights
+        yield f"{name} p50, ms", [quantile(times, 50) for times in taken]
+        yield f"{name} p99, ms", [quantile(times, 99) for times in taken]
     detector = Detector()
     yield "detector, worst of the hostile, ms", [worst(detector) for _ in range(rounds)]
     yield f"mismatches in {SPLITS_A_ROUND} restored splits", [mismatches(seed) for seed in range(rounds)]
 
 
-def decided(policy: Policy, seed: int) -> list[float]:
+Deciding = Callable[[ChatRequest], Awaitable[object]]
+DEVICE = DeviceReading(model="small", context_length=2048, prefill_tokens_per_s=500.0, tokens_per_s=50.0, hour=9.0)
+DEVICES = [replace(DEVICE, queue_depth=waiting) for waiting in range(3)]
+
+
+def functions(policy: Policy) -> Deciding:
+    link = LinkReading(model="large", context_length=8192, round_trip_s=0.03, first_token_s=0.3)
+
+    async def decide_one(asked: ChatRequest) -> object:
+        features = observe(asked, policy, prompt_tokens=estimate_tokens(asked))
+        return decide(features, policy, device=DEVICES[features.prompt_tokens % 3], link=link)
+
+    return decide_one
+
+
+def agent(policy: Policy) -> Deciding:
+    """With a model that is still loading, as far as its tokenizer goes, and a connection that is up."""
+    local: Any = SimpleNamespace(named=lambda _: local, reading=lambda: SimpleNamespace(available=False))
+    link = SimpleNamespace(
+        connected=True, draining=False, retry_after_s=None, round_trip_s=0.03, model="large", context_length=8192
+    )
+    cloud: Any = SimpleNamespace(link=lambda: link)
+    planning = Agent(local, Offload(cloud), policy=lambda _: policy, device=lambda _: DEVICE)
+    return planning.plan
+
+
+async def timed(decide_one: Deciding, seed: int) -> list[float]:
     """Milliseconds of each decision."""
     chance = random.Random(seed)
-    device = DeviceReading(model="small", context_length=2048, prefill_tokens_per_s=500.0, tokens_per_s=50.0, hour=9.0)
-    link = LinkReading(model="large", context_length=8192, round_trip_s=0.03, first_token_s=0.3)
     times = []
     for number in range(REQUESTS):
         asked = request(text(chance, chance.randint(20, 1000)), number)
         started = time.perf_counter()
-        features = observe(asked, policy, prompt_tokens=estimate_tokens(asked))
-        decide(features, policy, device=replace(device, queue_depth=number % 3), link=link)
+        await decide_one(asked)
         times.append((time.perf_counter() - started) * 1000)
     return times
 

@@ -323,6 +323,27 @@ async def test_a_stream_says_it_and_a_reply_in_one_piece_has_one_answer(tmp_path
     assert "causeway_switches_total 1.0" in metrics
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/api/chat"])
+async def test_the_last_event_says_who_ended_it(tmp_path: Path, path: str) -> None:
+    """The headers were sent when the edge began, and say so; on every surface the end names the cloud, and the edge's
+    part."""
+    asks: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+    own = {"/v1/responses": {"input": "Hello"}, "/v1/messages": asks | {"max_tokens": 50}}
+    body = {"model": "auto", "stream": True} | own.get(path, asks)
+    async with (
+        edge(tmp_path, ScriptedAnswer(*UNSURE), ScriptedAnswer(*THERE), policy=AT_ONCE) as it,
+        it.http() as http,
+    ):
+        reply = await http.post(path, json=body)
+
+    assert reply.headers["x-causeway-route"] == "edge"
+    said = [line.removeprefix("data: ") for line in reply.text.splitlines() if '"causeway":' in line]
+    assert len(said) >= 2
+    last = json.loads(said[-1])
+    route = (last.get("response") or last)["causeway"]
+    assert (route["route"], route["switched"]["from"]) == ("cloud", "edge")
+
+
 @pytest.mark.model
 async def test_a_real_model_begins_and_the_cloud_goes_on(tmp_path: Path, model_path: Path) -> None:
     """Its first sentence streams, is judged by its own probabilities and second sample, and the cloud's answer stands

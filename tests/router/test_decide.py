@@ -7,16 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router.decide
+from router.bars import BARS
 from router.classes import Class
 from router.clauses import PrivacyRules, Rule, Weights
 from router.conditions import Range, When
-from router.decide import BARS, OUTAGES, PREFERENCES, Decision, decide
+from router.decide import Decision, decide
 from router.facts import FACTS
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures
 from router.money import Budgets, Prices, Tariff
 from router.names import VIRTUAL_MODELS
+from router.outages import OUTAGES
 from router.policy import Policy
 from router.predict import Prediction, Predictions
+from router.preferences import PREFERENCES
 from router.privacy.inspect import Privacy
 from shared.errors import CausewayError, ContextTooLong, Overloaded, PolicyDenied, UnknownModel, Unreachable
 
