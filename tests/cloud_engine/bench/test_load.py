@@ -105,9 +105,9 @@ async def test_known_delays_are_measured() -> None:
     assert [answer.error for answer in answers] == [None] * 4
     for answer in answers:
         assert len(answer.texts) == 3
-        assert 0.2 <= answer.texts[0] < 5
         # What is measured includes how late a busy loop looks, so single gaps may be shorter than what was waited.
-        assert 0.1 <= answer.texts[2] - answer.texts[0] + 0.02 < 5
+        assert 0.2 <= answer.texts[0] <= answer.texts[2]
+        assert answer.texts[2] >= 0.3
         assert answer.end_s >= answer.texts[2]
         assert (answer.prompt_tokens, answer.output_tokens) == (5, 3)
     row = summary(replies, [3] * 4, wall, Objective(10, 10))
@@ -131,7 +131,7 @@ async def test_a_late_client_is_the_servers_time_too() -> None:
     """A request that could not be sent when it was due has been waiting since then."""
     async with standing_in(StandIn()) as target:
         replies, _ = await open_loop(target, asks(target, 1), [-3.0])
-    assert 3.0 <= replies[0].late_s <= read(replies[0], 3).texts[0] < 8
+    assert 3.0 <= replies[0].late_s <= read(replies[0], 3).texts[0]
 
 
 async def test_a_closed_loop_has_as_many_as_it_has_clients() -> None:
