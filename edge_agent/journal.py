@@ -105,6 +105,7 @@ def _opened(path: Path, now: Callable[[], float] = time.time) -> sqlite3.Connect
 
 
 def _connected(path: Path) -> sqlite3.Connection:
+    path.touch(0o600)  # before SQLite does, for its log takes the same mode
     database = sqlite3.connect(path, timeout=5.0)
     try:
         database.execute("PRAGMA journal_mode=WAL")

@@ -240,6 +240,7 @@ def _opened(path: Path, clock: Callable[[], float]) -> tuple[sqlite3.Connection,
 
 
 def _connected(path: Path) -> sqlite3.Connection:
+    path.touch(0o600)  # before SQLite does, for its log takes the same mode
     database = sqlite3.connect(path, timeout=5.0, check_same_thread=False, isolation_level=None)
     try:
         database.execute("PRAGMA journal_mode=WAL")

@@ -8,7 +8,7 @@ from edge_sides import HERE, THERE, ask, collect, daemon_over, policy_file
 from fakes import ScriptedAnswer
 
 from edge_agent.daemon import put_together
-from edge_agent.journal import Journal
+from edge_agent.journal import Journal, _connected
 from router.features import NO_CLOUD, DeviceReading, RequestFeatures
 from router.records import Outcome, Recorded, read
 from shared.errors import PolicyDenied, UpstreamFailed
@@ -110,6 +110,10 @@ def test_no_place_for_a_file_costs_rows_and_nothing_else(tmp_path: Path) -> None
 
 
 def test_it_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
-    journal.close()
-    assert (tmp_path / "journal.db").stat().st_mode & 0o077 == 0
+    """So is SQLite's own log beside it, while it is open and after a crash."""
+    opened = _connected(tmp_path / "journal.db")
+    modes = {file.name: file.stat().st_mode & 0o077 for file in tmp_path.iterdir()}
+    opened.close()
+
+    assert "journal.db-wal" in modes
+    assert not any(modes.values()), modes

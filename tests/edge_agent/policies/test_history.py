@@ -29,6 +29,16 @@ def filled(folder: Path) -> History:
     return kept
 
 
+def test_it_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    """So is SQLite's own log beside it, while it is open: a policy may hold words that are private."""
+    kept = filled(tmp_path)
+    modes = {file.name: file.stat().st_mode & 0o077 for file in tmp_path.iterdir()}
+    kept.close()
+
+    assert "policies.db-wal" in modes
+    assert not any(modes.values()), modes
+
+
 def test_what_was_proposed_and_done_is_there_after_a_restart(tmp_path: Path) -> None:
     """Versions with their text, acts with who and why, and which one is in force."""
     filled(tmp_path).close()
