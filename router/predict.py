@@ -23,10 +23,10 @@ FADE: Final = 0.95
 """What a sample counts beside the next one: the last twenty or so matter."""
 MIN_TOKENS: Final = 8
 """Of an answer from which a pace can be told."""
-FIRST_PIECES: Final = 2
-"""What a first token waits for, one after the other: the prompt's last piece on its way there, and itself."""
-ALL_PIECES: Final = 3
-"""The same of a whole answer: its last piece, too. A loss in between is made good while others come."""
+FIRST_PIECES: Final = 1
+"""What is waited for with nothing sent behind it: the first token. A piece with others behind it is soon missed."""
+ALL_PIECES: Final = 2
+"""The same of a whole answer: its last piece, too."""
 MOST_LOSS: Final = 0.4
 """As much as is reckoned with: at half, waits that double would never end."""
 SPREAD: Final = 0.05

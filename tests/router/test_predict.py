@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.features import NO_CLOUD, DeviceReading, LinkReading, RequestFeatures, Trouble
-from router.predict import UNMEASURED, Line, Pace, Prediction, lateness_s, predict
+from router.predict import ALL_PIECES, FIRST_PIECES, UNMEASURED, Line, Pace, Prediction, lateness_s, predict
 
 REQUEST = RequestFeatures(prompt_tokens=1000, expected_output_tokens=101)
 DEVICE = DeviceReading(
@@ -133,8 +133,8 @@ def test_a_link_that_loses_takes_longer() -> None:
     clean, lossy = (predict(REQUEST, DEVICE, replace(LINK, trouble=one)) for one in (Trouble(), TROUBLED))
 
     assert lossy.edge == clean.edge
-    assert lossy.cloud.first_token_s == pytest.approx(0.4 + lateness_s(TROUBLED, 0.4, 2))
-    assert lossy.cloud.total_s == pytest.approx(1.4 + lateness_s(TROUBLED, 1.4, 3))
+    assert lossy.cloud.first_token_s == pytest.approx(0.4 + lateness_s(TROUBLED, 0.4, FIRST_PIECES))
+    assert lossy.cloud.total_s == pytest.approx(1.4 + lateness_s(TROUBLED, 1.4, ALL_PIECES))
 
 
 def test_one_token_has_no_further_ones() -> None:
