@@ -27,3 +27,33 @@ async def browsing(home: str, width: int = 1280, scheme: Scheme = "light") -> As
             yield page, wrong
         finally:
             await browser.close()
+
+
+async def too_faint(page: Page) -> list[str]:
+    """Each text whose contrast to its ground is under 4.5 to 1 (WCAG 2.2, 1.4.3), with the ratio."""
+    found: list[str] = await page.evaluate(CONTRAST)
+    return found
+
+
+CONTRAST = """() => {
+    const channel = (value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+    const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+    const colour = (said) => { const [r, g, b, a = 1] = said.match(/[0-9.]+/g).map(Number); return [r, g, b, a]; };
+    const over = (top, under) => [0, 1, 2].map((at) => top[at] * top[3] + under[at] * (1 - top[3]));
+    const up = (element) => (element ? [element, ...up(element.parentElement)] : []);
+    const ground = (element) => up(element).reverse().reduce(
+        (under, one) => over(colour(getComputedStyle(one).backgroundColor), under), [255, 255, 255]);
+    const ratio = (element) => {
+        const style = getComputedStyle(element);
+        const opacity = up(element).reduce((product, one) => product * getComputedStyle(one).opacity, 1);
+        const [r, g, b, a] = colour(element instanceof SVGElement ? style.fill : style.color);
+        const under = ground(element);
+        const [dark, light] = [luminance(over([r, g, b, a * opacity], under)), luminance(under)].sort((x, y) => x - y);
+        return (light + 0.05) / (dark + 0.05);
+    };
+    const written = (element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    return [...document.querySelectorAll("body *")]
+        .filter((element) => (written(element) || element.matches("input, textarea")) && element.checkVisibility())
+        .filter((element) => ratio(element) < 4.5)
+        .map((element) => `${element.tagName} ${element.textContent.slice(0, 40)}: ${ratio(element).toFixed(2)}`);
+}"""

@@ -3,7 +3,7 @@
 import { h, svg } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [520, 320];
-const [LEFT, RIGHT, TOP, BOTTOM] = [72, 30, 14, 50];
+const [LEFT, RIGHT, TOP, BOTTOM] = [84, 30, 14, 50];
 const TICKS = 5;
 
 export const percent = (share, digits = 0) => (share == null ? "–" : `${(100 * share).toFixed(digits)}\u202f%`);

@@ -11,7 +11,7 @@ from typing import Final
 from router.report.markup import Markup, tag
 
 WIDTH, HEIGHT = 520, 320
-LEFT, RIGHT, TOP, BOTTOM = 72, 30, 14, 50
+LEFT, RIGHT, TOP, BOTTOM = 84, 30, 14, 50
 TICKS: Final = 5
 
 Point = tuple[float, float]

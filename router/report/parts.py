@@ -19,9 +19,10 @@ def section(name: str, title: str, *children: Child) -> Markup:
 
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[Cells], *, words: int = 1) -> Markup:
-    """The first `words` columns hold words, the others numbers; of many rows the first are listed, the rest counted."""
+    """The first column is the row's head, those up to `words` hold bars, the others numbers; of many rows the first are
+    listed, the rest counted. Classes and labels are those of the console's tables."""
     head = tag("tr", (tag("th", name, scope="col", class_=_kind(at, words)) for at, name in enumerate(columns)))
-    body = [_row(cells, words) for cells in rows[:LISTED]]
+    body = [_row(columns, cells, words) for cells in rows[:LISTED]]
     if len(rows) > LISTED:
         body.append(tag("tr", tag("td", f"and {len(rows) - LISTED} more", colspan=len(columns), class_="faint")))
     if not rows:
@@ -30,13 +31,18 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Cells], *, words:
     return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
 
 
-def _row(cells: Cells, words: int) -> Markup:
-    first = tag("th", cells[0], scope="row", class_="name")
-    return tag("tr", first, (tag("td", cell, class_=_kind(at, words)) for at, cell in enumerate(cells) if at))
+def _row(columns: Sequence[str], cells: Cells, words: int) -> Markup:
+    first = tag("th", cells[0], scope="row", class_=_kind(0, words))
+    rest = (
+        tag("td", cell, class_=_kind(at, words), data_label=columns[at] or None, data_empty=cell == NONE)
+        for at, cell in enumerate(cells)
+        if at
+    )
+    return tag("tr", first, rest)
 
 
-def _kind(at: int, words: int) -> str | None:
-    return "number" if at >= words else None
+def _kind(at: int, words: int) -> str:
+    return "head" if at == 0 else "meters" if at < words else "number"
 
 
 def figure(drawing: Markup, caption: str, legend: Sequence[tuple[str, str]] = ()) -> Markup:

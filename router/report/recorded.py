@@ -79,6 +79,8 @@ def _groups(caption: str, groups: Sequence[Group], total: int) -> Markup:
 
 
 def _side(group: Group) -> str:
+    if group.refused * 2 > group.decisions:
+        return "bad"
     return "cloud" if group.to_cloud * 2 > group.decisions else "edge"
 
 
@@ -90,19 +92,19 @@ def _shares(periods: Sequence[Period], goal_share: float | None) -> list[Markup]
     """Of all decisions, and of those that the goal decided; the target where there is one."""
     share = [(number, one.to_cloud / one.decisions) for number, one in enumerate(periods)]
     by_goal = [(number, one.goal_to_cloud / one.by_goal) for number, one in enumerate(periods) if one.by_goal]
-    last = max(len(periods) - 1, 1)
+    many = len(periods)
     lines, legend = [Line("cloud", share)], [("cloud", "to the cloud, of all decisions")]
     if by_goal:
         lines.append(Line("router", by_goal))
         legend.append(("router", "of those that the goal decided"))
     if goal_share is not None:
-        lines.append(Line("random", [(0, goal_share), (last, goal_share)]))
+        lines.append(Line("random", [(-0.5, goal_share), (many - 0.5, goal_share)]))
         legend.append(("random", f"the goal's target, {percent(goal_share, 0)}"))
 
-    ticks = tuple((float(at), periods[at].label[5:]) for at in sorted({0, (len(periods) - 1) // 2, len(periods) - 1}))
+    ticks = tuple((float(at), periods[at].label[5:]) for at in sorted({0, (many - 1) // 2, many - 1}))
     drawing = chart(
         "Cloud share over time; the table below has the numbers",
-        Axis("time, UTC", lambda value: value / last, ticks),
+        Axis("time, UTC", lambda value: (value + 0.5) / many, ticks),
         linear("to the cloud", 0, 1, lambda value: percent(value, 0)),
         lines,
         [Dot(point, "cloud", 2.5, periods[int(point[0])].label) for point in share],
@@ -119,8 +121,8 @@ def _shares(periods: Sequence[Period], goal_share: float | None) -> list[Markup]
         for one in reversed(periods)
     ]
     columns = ("from, UTC", "decisions", "to the cloud", "by the goal", "of these to the cloud", "cost")
-    shown = tag("div", figure(drawing, "Cloud share", legend), class_="card")
-    return [tag("div", shown, table("The latest first", columns, rows), class_="pair")]
+    shown = tag("div", figure(drawing, "Cloud share", legend), class_="card narrow")
+    return [shown, table("The latest first", columns, rows)]
 
 
 def _waits(waits: Sequence[Wait]) -> Markup:

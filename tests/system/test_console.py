@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from administration import TOKEN, administration
-from browsers import browsing
+from browsers import Scheme, browsing, too_faint
 from fleets import KEY, signed, watching
 from playwright.async_api import expect
 
@@ -59,16 +59,19 @@ async def test_a_policy_is_mended_replayed_put_in_force_and_rolled_back(tmp_path
     assert wrong == []
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-async def test_every_page_fits_and_asks_nobody_else(tmp_path: Path, width: int) -> None:
-    """No page is wider than the screen, none reports an error, and nothing is fetched from elsewhere."""
-    async with administration(tmp_path) as edge, browsing(edge.url, width) as (page, wrong):
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+async def test_every_page_fits_and_asks_nobody_else(tmp_path: Path, width: int, scheme: Scheme) -> None:
+    """No page is wider than the screen, all can be read, none reports an error, nothing is fetched from elsewhere."""
+    async with administration(tmp_path) as edge, browsing(edge.url, width, scheme) as (page, wrong):
         await edge.ask()
         await page.goto(f"{edge.url}/console/#token={TOKEN}")
         for name in ("Now", "Decisions", "Traffic", "Cache", "Policy", "Goal", "History", "Fleet"):
             await page.get_by_role("link", name=name).click()
             await expect(page.locator("main > div > *").first).to_be_visible()
             assert await page.evaluate("document.documentElement.scrollWidth") <= width
+            assert await too_faint(page) == []
+        await page.evaluate("document.querySelector('main').style.opacity = 0.5")
+        assert await too_faint(page)  # it can tell
     assert wrong == []
 
 

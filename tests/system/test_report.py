@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from browsers import Scheme, browsing
+from browsers import Scheme, browsing, too_faint
 from reported import journal, records
 
 from router.policy import parse
@@ -28,13 +28,16 @@ async def test_the_page_fits_and_asks_nobody(tmp_path: Path, width: int, scheme:
         seen = await page.evaluate("document.documentElement.scrollWidth")
         charts = await page.locator("svg[role=img]").count()
         hidden = await page.evaluate(HIDDEN)
+        faint = await too_faint(page)
+        nameless = await page.locator("td.number:not([data-label])").count()
         ground = await page.evaluate("getComputedStyle(document.body).backgroundColor")
         paper = await page.pdf()
 
     assert wrong == []
     assert seen <= width
     assert charts >= 8
-    assert hidden == []
+    assert hidden == faint == []
+    assert nameless == 0  # where a narrow screen shows rows as blocks, each number has its name
     assert (int(ground.split("(")[1].split(",")[0]) > 128) == (scheme == "light")
     assert paper.startswith(b"%PDF")
 
