@@ -34,28 +34,25 @@ class NativeAttention:
         self.dtype = dtype
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, batch: AttentionBatch) -> Tensor:
-        packed = batch.packed
-        if packed is None or not cache.is_contiguous() or {q.dtype, k.dtype, v.dtype, cache.dtype} != {self.dtype}:
+        packed, known = batch.packed, q.dtype == k.dtype == v.dtype == cache.dtype == self.dtype
+        if packed is None or not known or not cache.is_contiguous():
             raise ValueError(f"the kernel takes a packed step in {self.dtype}")
-        q, k, v = (part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous() for part in (q, k, v))
+        q, k, v = _rows(q), _rows(k), _rows(v)
         out = q.new_empty(q.shape)
         _, blocks, size, kv_heads, dim = cache.shape
+        sequences, width = packed.tables.shape
         failed = self._run(
-            *(part.data_ptr() for part in (q, k, v, cache, out, batch.slots)),
-            *(part.data_ptr() for part in (packed.starts, packed.contexts, packed.tables)),
-            *(part.stride(0) for part in (q, k, v)),
-            blocks * size,
-            len(packed.contexts),
-            packed.tables.shape[1],
-            len(q),
-            q.shape[1],
-            kv_heads,
-            dim,
-            size,
-            packed.window,
-            dim**-0.5,
-            threads(),
+            *(q.data_ptr(), k.data_ptr(), v.data_ptr(), cache.data_ptr(), out.data_ptr(), batch.slots.data_ptr()),
+            *(packed.starts.data_ptr(), packed.contexts.data_ptr(), packed.tables.data_ptr()),
+            *(q.stride(0), k.stride(0), v.stride(0), blocks * size),
+            *(sequences, width, *q.shape[:2], kv_heads, dim, size, packed.window),
+            *(dim**-0.5, threads()),
         )
         if failed:
             raise IndexError("a slot is outside the cache")
         return out
+
+
+def _rows(part: Tensor) -> Tensor:
+    """[T, heads, D] with the heads of a row side by side; rows may lie apart."""
+    return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()

@@ -47,14 +47,14 @@ void round_row(const Row& row, int inputs, const Rounded& to) {
             most = larger(most, (Floats)((Words)part[i] & 0x7fffffff));
         }
         const float peak = largest(most), factor = peak > 0 ? 127.0f / peak : 0.0f;
-        __m512i sum = _mm512_setzero_si512();
+        __m512i start = _mm512_setzero_si512();
         for (int i = 0; i < 4; i++) {
             const __m512i whole = _mm512_cvtps_epi32((__m512)(part[i] * factor));
-            sum = _mm512_add_epi32(sum, whole);
+            start = _mm512_sub_epi32(start, whole);
             _mm_storeu_si128((__m128i*)(to.values + g * GROUP + i * LANES), _mm512_cvtsepi32_epi8(whole));
         }
         to.scales[g] = peak / 127.0f;
-        to.starts[g] = -128 * _mm512_reduce_add_epi32(sum);
+        to.starts[g] = _mm512_reduce_add_epi32(_mm512_slli_epi32(start, 7));
     }
 }
 

@@ -5,13 +5,15 @@ PYTHONPATH=deploy python -m tests.benchmarks interference --rounds 5
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from cloud_engine.bench.offline import engine_for
 from cloud_engine.engine.engine import Engine
 from shared.schemas import Sampling
+from tests.benchmarks.formats import FORMATS
 from tests.benchmarks.ratios import Sample
 
 DECODING, QUIET_STEPS = 8, 40
@@ -20,17 +22,22 @@ TOKENS = range(100, 40_000)
 
 
 def measure(model: Path, rounds: int) -> Iterator[Sample]:
-    """Each round has prompts of its own. A bar: the worst gap grows by at most one chunk's time."""
-    engine = engine_for(model, DECODING + 1, LONG_PROMPT + 512, {})
+    """In each format. Each round has prompts of its own. A bar: the worst gap grows by at most one chunk's time."""
+    for name, options in FORMATS.items():
+        yield from in_format(model, rounds, name, options)
+
+
+def in_format(model: Path, rounds: int, form: str, options: Mapping[str, Any]) -> Iterator[Sample]:
+    engine = engine_for(model, DECODING + 1, LONG_PROMPT + 512, options)
     rng, names = random.Random(0), map(str, count())
     prefill_alone(engine, next(names), rng)  # the first steps set up kernels and threads
     gaps = [gaps_of_others(engine, names, rng) for _ in range(rounds)]
     quiet, loaded, chunk = zip(*gaps, strict=True)
-    yield f"interference: worst gap of {DECODING} decoding, ms", quiet
-    yield f"interference: worst gap while {LONG_PROMPT} tokens are prefilled, ms", loaded
-    yield "interference: slowest chunk of that prompt alone, ms", chunk
+    yield f"interference, {form}: worst gap of {DECODING} decoding, ms", quiet
+    yield f"interference, {form}: worst gap while {LONG_PROMPT} tokens are prefilled, ms", loaded
+    yield f"interference, {form}: slowest chunk of that prompt alone, ms", chunk
     yield (
-        "interference: growth of the worst gap / chunk (bar: at most 1)",
+        f"interference, {form}: growth of the worst gap / chunk (bar: at most 1)",
         [(after - before) / one for before, after, one in zip(quiet, loaded, chunk, strict=True)],
     )
 

@@ -6,13 +6,16 @@ the one in host memory, other prompts fill the pool until the first is evicted. 
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cloud_engine.engine.build import build
 from cloud_engine.engine.config import EngineConfig
 from cloud_engine.engine.engine import Engine
 from shared.schemas import Sampling
+from tests.benchmarks.formats import FORMATS
 from tests.benchmarks.ratios import Sample, by_pairs
 
 TOKENS = 1024
@@ -21,23 +24,29 @@ Clock = Callable[[], float]
 
 
 def measure(model: Path, rounds: int) -> Iterator[Sample]:
-    """Seconds of each kind, and the ratios to cold."""
-    engine = engine_for(model)
+    """Seconds of each kind, and the ratios to cold, in each format."""
+    for name, options in FORMATS.items():
+        yield from in_format(model, rounds, name, options)
+
+
+def in_format(model: Path, rounds: int, form: str, options: Mapping[str, Any]) -> Iterator[Sample]:
+    engine = engine_for(model, options)
     first_token(engine, prompt(0, 64), time.perf_counter)  # sets up kernels and threads
     samples = [one_round(engine, seed, time.perf_counter) for seed in range(1, rounds + 1)]
     engine.close()
     colds, hits, hosts = zip(*samples, strict=True)
-    yield "prefix cold, s", colds
-    yield "prefix hit, s", hits
-    yield "prefix hit / cold", by_pairs(hits, colds)
-    yield "prefix in host memory, s", hosts
-    yield "prefix in host memory / cold", by_pairs(hosts, colds)
+    yield f"prefix, {form}: cold, s", colds
+    yield f"prefix, {form}: hit, s", hits
+    yield f"prefix, {form}: hit / cold", by_pairs(hits, colds)
+    yield f"prefix, {form}: in host memory, s", hosts
+    yield f"prefix, {form}: in host memory / cold", by_pairs(hosts, colds)
 
 
-def engine_for(model: Path) -> Engine:
+def engine_for(model: Path, options: Mapping[str, Any]) -> Engine:
     """A pool that two such prompts fill, and host memory for four."""
     blocks = TOKENS // 16 + 1
-    return build(model, EngineConfig(model_len=TOKENS + 16, num_blocks=1 + 2 * blocks, host_blocks=4 * blocks))
+    config = EngineConfig(model_len=TOKENS + 16, num_blocks=1 + 2 * blocks, host_blocks=4 * blocks)
+    return build(model, replace(config, **options))
 
 
 def one_round(engine: Engine, seed: int, clock: Clock) -> tuple[float, float, float]:

@@ -80,6 +80,18 @@ def test_int8_panels_multiply_both_rounded_factors(rows, shape, dtype):
     torch.testing.assert_close(packed(x).float(), expected, atol=atol, rtol=rtol)
 
 
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_row_does_not_depend_on_what_is_computed_with_it(dtype):
+    """To the last bit: alone, in tiles of any number of rows, and wherever it is among them."""
+    weight, x, _ = problem(64, (96, 192), dtype, bias=False)
+    packed = pack(weight, None, "int8")
+    alone = torch.cat([packed(row[None]) for row in x])
+    for rows in (2, 3, 5, 8, 13, 64):
+        together = torch.cat([packed(part) for part in x.split(rows)])
+        assert together.equal(alone)
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_weight_that_a_rank_has_no_part_of_stays(quantization):
     """Nothing to pack, and no error."""
