@@ -15,17 +15,17 @@ MARK: Final = "---\n*The device was not sure of this. The cloud's answer:*"
 class Curve(Written):
     """The logistic curve from one model's signals (`router.confidence.Heard`) to the probability that it is right."""
 
-    bias: Number
-    mean_logprob: Number = 0.0
-    least_logprob: Number = 0.0
-    margin: Number = 0.0
-    entropy: Number = 0.0
+    bias: Number = Field(description="the curve's constant; all of it is what `router calibrate` prints")
+    mean_logprob: Number = Field(0.0, description="weight of the mean log probability of the answer's tokens")
+    least_logprob: Number = Field(0.0, description="weight of the least likely token's log probability")
+    margin: Number = Field(0.0, description="weight of the mean margin between the two likeliest tokens")
+    entropy: Number = Field(0.0, description="weight of the mean entropy of the five likeliest tokens")
 
 
 class AgreedCurve(Curve):
     """The same where a second sample is heard, too."""
 
-    agreement: Number
+    agreement: Number = Field(description="weight of how far the two say the same, 0 to 1")
     model: Annotated[ModelName | None, Field(description="whose the second samples were; none: the same model's")] = (
         None
     )

@@ -74,8 +74,10 @@ class PrivacyRules(Written):
     secrets: Annotated[Label, Field(description="credentials: sent, replaced before they are sent, or kept here")] = (
         "redact"
     )
-    kinds: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
-    """Kinds looked for; all if not given."""
+    kinds: Annotated[
+        Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None,
+        Field(description="kinds looked for, such as email or iban; all if not given"),
+    ] = None
     regions: Annotated[
         tuple[str, ...],
         Field(min_length=1, max_length=64, description="whose phone numbers are known without a country code"),
@@ -171,7 +173,7 @@ class SemanticRules(Written):
 class CacheRules(Written):
     """Which answers are kept, to be served again to the same question. The README of the edge agent has the rest."""
 
-    enabled: bool = True
+    enabled: Annotated[bool, Field(description="false: no answer is kept, and none is served again")] = True
     ttl_s: Annotated[float, Field(gt=0, le=31_536_000, description="no older answer is served")] = 86_400.0
     sampled: Annotated[bool, Field(description="keep answers that chance had a part in, too")] = False
     edge_only: Annotated[
@@ -188,11 +190,11 @@ class CacheRules(Written):
 class Breaker(Written):
     """When the cloud counts as down, and how soon it is tried again."""
 
-    consecutive_failures: Annotated[int, Field(ge=1, le=1000)] = 3
+    consecutive_failures: Annotated[int, Field(ge=1, le=1000, description="so many one after the other open it")] = 3
     window: Annotated[int, Field(ge=1, le=1000, description="latest outcomes that failure_ratio looks at")] = 20
     failure_ratio: Annotated[float, Field(gt=0, le=1, description="share of a full window that opens it")] = 0.5
     cool_down_s: Annotated[float, Field(gt=0, le=3600, description="the first wait; doubled each time it fails")] = 2.0
-    max_cool_down_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    max_cool_down_s: Annotated[float, Field(gt=0, le=86_400, description="no wait is longer")] = 60.0
     probe_timeout_s: Annotated[float, Field(gt=0, le=3600, description="an unanswered probe is given up by then")] = (
         30.0
     )

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from router.expression import MAX_CHARS, Expression, Fact, InvalidExpression, compiled
+from router.expression import FUNCTIONS, MAX_CHARS, Expression, Fact, InvalidExpression, compiled
 from shared.schemas import LABELS, Label
 
 HUGE: Final = 1e15
@@ -230,7 +230,17 @@ Condition = Annotated[
         Expression,
         PlainValidator(_expression),
         PlainSerializer(lambda expression: expression.text, return_type=str),
-        WithJsonSchema({"type": "string", "maxLength": MAX_CHARS, "description": "an expression (CEL) over the facts"}),
+        WithJsonSchema(
+            {
+                "type": "string",
+                "maxLength": MAX_CHARS,
+                "description": "an expression (CEL), true or false, over the same facts as a map has: "
+                f"{', '.join(FIELD_NAMES)}. "
+                "Operators: && || ! == != < <= > >= in ?: and arithmetic on decimals (2.0); functions: "
+                f"{', '.join(sorted(FUNCTIONS))}",
+                "examples": ["prompt_tokens > 800.0 && !code", "(hour >= 18.0 || hour < 7.0) && difficulty > 0.4"],
+            }
+        ),
         Tag(TEXT),
     ],
     Discriminator(lambda value: MAP if isinstance(value, dict | When) else TEXT),

@@ -57,7 +57,7 @@ class Tariff(Written):
 class Prices(Written):
     """Without them nothing is said of money."""
 
-    cloud: Tariff
+    cloud: Tariff = Field(description="what the cloud takes")
 
 
 _WHOSE: Final = ("", " by the tenant", " with this key")

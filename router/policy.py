@@ -48,16 +48,16 @@ class Override(Written):
     """What differs from the policy around it; what is not given stays. Its rules come first, and one that has the name
     of a common rule takes its place."""
 
-    mode: Mode | None = None
-    fallback: Literal["edge", "none"] | None = None
-    label: Label | None = None
-    rules: Rules = ()
-    goal: Goal | None = None
-    weights: Weights | None = None
-    cascade: CascadeRules | None = None
-    privacy: PrivacyRules | None = None
+    mode: Mode | None = Field(None, description="another standing preference")
+    fallback: Literal["edge", "none"] | None = Field(None, description="whether the edge may stand in for the cloud")
+    label: Label | None = Field(None, description="what these requests are labelled at least")
+    rules: Rules = Field((), description="before the common ones; one of the same name takes that one's place")
+    goal: Goal | None = Field(None, description="another goal, in place of the policy's goal or weights")
+    weights: Weights | None = Field(None, description="other weights, in place of the policy's goal or weights")
+    cascade: CascadeRules | None = Field(None, description="another cascade")
+    privacy: PrivacyRules | None = Field(None, description="in place of all that the policy says under privacy")
     budgets: Budgets | None = Field(None, description="those that differ")
-    default_class: ClassName | None = None
+    default_class: ClassName | None = Field(None, description="of requests that name none")
 
     def over(self, base: "Policy", **others: Any) -> "Policy":
         """`base` with these changes and `others`; raises pydantic.ValidationError if they contradict each other."""
@@ -81,13 +81,13 @@ def _permits(mode: Mode, rule: Rule) -> bool:
 class Policy(Written):
     """Where requests may go, where they should go, and what happens when that side cannot answer."""
 
-    version: Literal[1] = 1
+    version: Literal[1] = Field(1, description="of this language")
     mode: Mode = Field(description="the standing preference, or the one side that may answer at all")
     fallback: Literal["edge", "none"] = Field(
         "edge", description="may the edge stand in, before the first token, for a cloud that cannot answer"
     )
     label: Label = Field("free", description="what every request is labelled at least")
-    rules: Rules = ()
+    rules: Rules = Field((), description="in order: the first whose conditions all hold decides")
     goal: Goal | None = Field(None, description="for requests that no rule decides: by their learned difficulty")
     weights: Weights | None = Field(
         None, description="for requests that no rule decides, instead of a goal: quality against time and money"
@@ -95,8 +95,8 @@ class Policy(Written):
     cascade: CascadeRules | None = Field(
         None, description="for requests that no rule decides: the edge's answer if it is good enough, else the cloud's"
     )
-    privacy: PrivacyRules = PrivacyRules()
-    cache: CacheRules = CacheRules()
+    privacy: PrivacyRules = Field(PrivacyRules(), description="what happens to personal data and secrets")
+    cache: CacheRules = Field(CacheRules(), description="which answers are kept, to be served again")
     prices: Prices | None = Field(None, description="what answers cost; without them nothing is said of money")
     classes: Annotated[dict[ClassName, Targets], Field(max_length=MAX_CLASSES)] = Field(
         default_factory=dict, description="more scenario classes, or other targets of the known ones"
@@ -114,7 +114,7 @@ class Policy(Written):
     max_round_trip_ms: Annotated[
         float, Field(gt=0, le=3_600_000, description="a slower link is avoided while the edge can answer")
     ] = 2000.0
-    breaker: Breaker = Breaker()
+    breaker: Breaker = Field(Breaker(), description="when the cloud counts as down, and how soon it is tried again")
     timezone: (
         Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_+-]{1,32}(/[A-Za-z0-9_+-]{1,32}){0,2}$")] | None
     ) = Field(

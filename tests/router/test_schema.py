@@ -1,6 +1,7 @@
 """The JSON Schema of a policy: published beside the example, named there for editors, of one mind with the parser."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from router.conditions import samples
 from router.defaults import default_source
 from router.document import read
+from router.expression import FUNCTIONS
 from router.policy import InvalidPolicy, Policy, json_schema, parse
 
 DEPLOYED = Path(__file__).parents[2] / "deploy"
@@ -152,12 +154,25 @@ def test_every_misspelled_field_is_marked_by_both(path: tuple[str, ...]) -> None
         parse(json.dumps(document))
 
 
+def test_an_expressions_facts_and_functions_are_in_the_schema() -> None:
+    """An editor shows them beside `when`; its examples are valid."""
+    written = next(one for one in json_schema()["$defs"]["Rule"]["properties"]["when"]["oneOf"] if "type" in one)
+    words = set(re.findall(r"\w+", written["description"]))
+    assert set(samples()) | FUNCTIONS <= words
+    for example in written["examples"]:
+        rule = {"name": "a", "when": example, "target": "edge"}
+        assert parse(json.dumps({"mode": "prefer_edge", "rules": [rule]})).rules
+
+
 def test_editors_can_complete_every_field_and_condition() -> None:
     """Each has a name and words to show with it."""
     schema = json_schema()
     assert set(schema["properties"]) == set(Policy.model_fields)
     assert set(samples()) == set(schema["$defs"]["When"]["properties"])
-    said = {name: {"description", "$ref", "anyOf", "const"} & one.keys() for name, one in schema["properties"].items()}
-    assert all(said.values())
+    described = {"": schema, **schema["$defs"]}
+    assert all(one.get("description") for one in described.values())
+    fields = {f"{name}.{at}": one for name, kind in described.items() for at, one in kind.get("properties", {}).items()}
+    assert len(fields) > 100
+    assert [name for name, one in fields.items() if not one.get("description")] == []
     assert parse(json.dumps(GOOD)).mode == "prefer_edge"
     assert not list(CHECK.iter_errors(GOOD))
