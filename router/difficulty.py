@@ -37,7 +37,8 @@ class Encoder:
 
     def dense(self, wording: Wording) -> Floats:
         """Text measures, then the unit-length mean of the known words' vectors, then the share of words known."""
-        words = np.sort(wording.words)  # neighbours are looked for near each other
+        words = wording.words.copy()
+        words.sort()  # neighbours are looked for near each other
         at = self.keys.searchsorted(words)
         np.minimum(at, len(self.keys) - 1, out=at)
         known = at[self.keys.take(at) == words]

@@ -6,7 +6,6 @@ A new condition is a field of `conditions.When` and a line of FACTS; a test hold
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from typing import Final
 
 from router.classes import Class
@@ -14,6 +13,7 @@ from router.clauses import Rule
 from router.conditions import WEEKDAYS
 from router.expression import Fact
 from router.features import DeviceReading, LinkReading, RequestFeatures
+from router.lazily import lazily
 from router.policy import Policy
 from router.predict import Predictions, predict
 from shared.schemas import LABELS, Label
@@ -40,11 +40,11 @@ class Case:
     device: DeviceReading
     link: LinkReading
 
-    @cached_property
+    @lazily
     def facts(self) -> "Facts":
         return Facts(self)
 
-    @cached_property
+    @lazily
     def scenario(self) -> Class:
         """The request's class: what the first rule gives that has one and holds, else the one that was asked for or
         guessed, which is also what these rules see."""
@@ -56,7 +56,7 @@ class Case:
         name = next(given, None)
         return self.request.scenario if name is None else Class(name, guessed=False)
 
-    @cached_property
+    @lazily
     def labelled(self) -> Match | None:
         """The first of the rules that give the strictest label; None unless it is stricter than the request's own and
         the policy's."""
@@ -68,7 +68,7 @@ class Case:
                 found, strictest = match, LABELS.index(rule.label)
         return found
 
-    @cached_property
+    @lazily
     def label(self) -> Label:
         """The strictest of the request's own, the policy's and its rules'."""
         return self.labelled.rule.label if self.labelled else LABELS[self._asked]
@@ -77,7 +77,7 @@ class Case:
     def _asked(self) -> int:
         return min(LABELS.index(self.request.label), LABELS.index(self.policy.label))
 
-    @cached_property
+    @lazily
     def care(self) -> Label:
         """How carefully this request is handled: the strictest that its label and what was found in it ask for."""
         found, rules = self.request.privacy, self.policy.privacy
@@ -88,7 +88,7 @@ class Case:
             asked.add(rules.personal)
         return next(care for care in LABELS if care in asked)
 
-    @cached_property
+    @lazily
     def match(self) -> Match | None:
         """The administrator's rule that applies: the first with a target whose conditions hold. A rule for the cloud
         does not apply to an edge_only request, which may not go there."""
@@ -99,11 +99,11 @@ class Case:
                 return match
         return None
 
-    @cached_property
+    @lazily
     def predictions(self) -> Predictions:
         return predict(self.request, self.device, self.link, self.policy.price)
 
-    @cached_property
+    @lazily
     def beyond_budget(self) -> str | None:
         """Why the policy's budgets have no room for this request in the cloud; None if they have."""
         budgets, price = self.policy.budgets, self.policy.price

@@ -13,6 +13,7 @@ _NUMBER: Final = re.compile(r"\d+(?:[.,]\d+)*")
 _COMMAND: Final = re.compile(rb"\\[a-z]+")
 _FOREIGN: Final = re.compile(r"[^\x00-\x7f]")
 _LETTERS: Final = bytes(byte if 97 <= byte <= 122 else 32 for byte in range(256))
+_NUMERIC: Final = bytes(byte if chr(byte) in "0123456789.," else 32 for byte in range(256))
 _NO_SIGNS: Final = bytes(
     byte for byte in range(256) if byte >= 128 or chr(byte).isalnum() or chr(byte).isspace() or chr(byte) == "_"
 )
@@ -42,7 +43,8 @@ def tokens(text: str) -> Tokens:
     signs = raw.translate(None, _NO_SIGNS)
     commands = _COMMAND.findall(raw) if b"\\" in signs else []
     words = (_COMMAND.sub(b" ", raw) if commands else raw).translate(_LETTERS).split()
-    numbers = _NUMBER.findall(text)
+    digits = b" ".join(raw.translate(_NUMERIC).split()).decode() if text.isascii() else text
+    numbers = _NUMBER.findall(digits)
     foreign = (
         [] if text.isascii() else [sign for sign in _FOREIGN.findall(text) if not (sign.isalnum() or sign.isspace())]
     )
