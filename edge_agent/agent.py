@@ -116,9 +116,9 @@ class Agent:
             scenario=caller.scenario,
         )
         device, link = self._device(request.model), self.link()
-        record = Recorded(
+        record = partial(
+            Recorded,
             at=self._wall_clock(),
-            request=features,
             device=device,
             link=link,
             policy=whole.fingerprint,
@@ -128,10 +128,11 @@ class Agent:
         try:
             decision = decide(features, policy, device=device, link=link)
         except CausewayError as error:
-            return Plan(policy, error, replace(record, refused=error.code, reason=error.message))
-        said = replace(
-            record,
-            request=replace(features, scenario=decision.scenario),
+            return Plan(policy, error, record(request=features, refused=error.code, reason=error.message))
+        if decision.scenario != features.scenario:
+            features = replace(features, scenario=decision.scenario)
+        said = record(
+            request=features,
             target=decision.target,
             rule=decision.rule,
             reason=decision.reason,

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from edge_agent.agent import Agent
+from edge_agent.backends.cloud import Link
 from edge_agent.offload import Offload
 from router.decide import decide
 from router.features import DeviceReading, LinkReading, estimate_tokens
@@ -67,10 +68,8 @@ def functions(policy: Policy) -> Deciding:
 def agent(policy: Policy) -> Deciding:
     """With a model that is still loading, as far as its tokenizer goes, and a connection that is up."""
     local: Any = SimpleNamespace(named=lambda _: local, reading=lambda: SimpleNamespace(available=False))
-    link = SimpleNamespace(
-        connected=True, draining=False, retry_after_s=None, round_trip_s=0.03, model="large", context_length=8192
-    )
-    cloud: Any = SimpleNamespace(link=lambda: link)
+    up = Link(connected=True, round_trip_s=0.03, model="large", context_length=8192)
+    cloud: Any = SimpleNamespace(link=lambda: up)
     planning = Agent(local, Offload(cloud), policy=lambda _: policy, device=lambda _: DEVICE)
     return planning.plan
 
