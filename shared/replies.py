@@ -66,6 +66,7 @@ class Chunks:
         self.route: Route | None = None
         self._offsets = [0] * len(call.requests)
         self._opened = [False] * len(call.requests)
+        self._around: list[tuple[bytes, bytes] | None] = [None] * len(call.requests)
         self._usages: list[Usage | None] = [None] * len(call.requests)
         self._routes: list[Route | None] = [None] * len(call.requests)
 
@@ -76,8 +77,11 @@ class Chunks:
             events = self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None})
         self._opened[index] = True
         self._routes[index] = self.route = delta.route or self._routes[index]
-        if delta.text or delta.logprobs:
+        if delta.logprobs or delta.marks:
             events += self._chunk(index, self._piece(index, delta), **marked(delta))
+        elif delta.text:
+            before, after = self._around_text(index)
+            events += before + msgspec.json.encode(delta.text) + after
         if delta.tool_calls:
             called = [_tool_piece(piece) for piece in delta.tool_calls]
             events += self._chunk(index, {"delta": {"tool_calls": called}, "logprobs": None})
@@ -95,6 +99,14 @@ class Chunks:
     def fail(self, error: CausewayError) -> bytes:
         """The explicit end of a stream that failed after its first token: no `[DONE]` follows."""
         return _event(error_object(error))
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and behind the text of a chunk that has nothing else: nearly all of them are such."""
+        if (around := self._around[index]) is None:
+            # No other text in it is empty behind this one.
+            before, _, after = self._chunk(index, self._piece(index, Delta())).rpartition(b'""')
+            around = self._around[index] = before, after
+        return around
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
         if self._chat:

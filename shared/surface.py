@@ -84,6 +84,11 @@ class Reply:
         self._headers: list[Header] = [(b"x-request-id", request_id.encode())]
         self._shape = shape
         self._last_words: Callable[[CausewayError], bytes] | None = None
+        self._writes_since: float | None = None
+
+    def patience(self, now: float) -> float:
+        """Seconds from `now` on that the client has left to read what is being written; not over 0: it had its time."""
+        return SEND_TIMEOUT if self._writes_since is None else self._writes_since + SEND_TIMEOUT - now
 
     async def stream(
         self, media_type: bytes, last_words: Callable[[CausewayError], bytes], route: Route | None = None
@@ -93,11 +98,9 @@ class Reply:
         await self._start(media_type, route, [(b"cache-control", b"no-cache")])
 
     async def write(self, body: bytes, *, more: bool) -> None:
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT):
-                await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError as error:
-            raise SlowConsumer("the client stopped reading", source=self.source) from error
+        self._writes_since = asyncio.get_running_loop().time()
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self._writes_since = None
 
     async def whole(self, body: bytes, route: Route | None = None) -> None:
         await self._start(JSON, route, [(b"content-length", b"%d" % len(body))])
@@ -148,7 +151,7 @@ class Endpoint(Generic[_T]):
             return
         reply = Reply(send, request_id, self._source, self._shape)
         try:
-            await _while_connected(_typed(work, reply), receive)
+            await _while_connected(_typed(work, reply), reply, receive)
         except asyncio.CancelledError:
             # The server stops and gave this request up: say so, rather than cut it.
             await reply.fail(Overloaded("the server is stopping", source=self._source, retry_after=1))
@@ -215,8 +218,6 @@ async def _typed(work: Work, reply: Reply) -> None:
     """Whatever happens, the client gets the end of its reply or an explicit error."""
     try:
         await work(reply)
-    except SlowConsumer:
-        raise  # no use to tell who does not read: the connection is cut
     except Exception as error:
         await reply.fail(typed(error, reply.source))
 
@@ -236,11 +237,17 @@ async def _read_body(receive: Receive) -> bytes:
             return b"".join(pieces)
 
 
-async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run `work` to its end, or until the client leaves or this task is cancelled; leaves nothing running."""
+async def _while_connected(work: Coroutine[Any, Any, None], reply: Reply, receive: Receive) -> None:
+    """Run `work` to its end, or until the client leaves or this task is cancelled; leaves nothing running. Raises
+    SlowConsumer, and cuts the connection, if the client does not read: no use to tell it."""
     tasks = {asyncio.create_task(work), asyncio.create_task(_disconnected(receive))}
+    ended: set[asyncio.Task[None]] = set()
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        while not ended:  # one timer for all writes, not one each: most of them do not wait
+            left = reply.patience(asyncio.get_running_loop().time())
+            if left <= 0:
+                raise SlowConsumer("the client stopped reading", source=reply.source)
+            ended, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()

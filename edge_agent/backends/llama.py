@@ -60,11 +60,12 @@ class _Asked:
         self.frame, self.mark = frame, mark
         self.held = False
         self._came: deque[Delta | CausewayError | int] = deque()
-        self._news = asyncio.Event()
+        self._news: asyncio.Future[None] | None = None
 
     def put(self, item: Delta | CausewayError | int) -> None:
         self._came.append(item)
-        self._news.set()
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     @property
     def full(self) -> bool:
@@ -73,8 +74,8 @@ class _Asked:
     async def take(self) -> Delta | int:
         """Raises the error it ended with."""
         while not self._came:
-            self._news.clear()
-            await self._news.wait()
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
         item = self._came.popleft()
         if isinstance(item, CausewayError):
             raise item

@@ -18,7 +18,10 @@ from shared.schemas import Sampling
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]
-Wide = NDArray[np.float64]
+
+BLOCK = 256
+ROUNDING = 1e-6
+"""More than the error of a weight: they are of 32 bits, and their sums of 64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Sampler:
         best = int(row.argmax())
         if not np.isfinite(row[best]):
             raise UpstreamFailed("the model computed no finite number", source="edge")
-        token = best if self._sampling.temperature == 0 else self._draw(row, float(row[best]))
+        token = best if self._sampling.temperature == 0 else self._draw(row, row[best])
         last = self.learn(token)
         if self._sampling.logprobs is None:
             return Sampled(token, last=last)
@@ -111,41 +114,59 @@ class Sampler:
             said = np.flatnonzero(self._counts)
             row[said] -= self._sampling.presence_penalty + self._sampling.frequency_penalty * self._counts[said]
 
-    def _draw(self, row: Floats, best: float) -> int:
-        """The inverse of the cumulative distribution, in float64, in order of token id, at this position's number."""
-        sampling = self._sampling
-        ids = np.arange(len(row)) if not 0 < sampling.top_k < len(row) else _top(row, sampling.top_k)
-        # Relative to the best: no temperature overflows, and the likeliest token weighs 1.
-        weights = np.exp((row[ids].astype(np.float64) - best) / sampling.temperature)
+    def _draw(self, row: Floats, best: np.float32) -> int:
+        """The inverse of the cumulative distribution, in order of token id, at this position's number."""
+        sampling, ids = self._sampling, None
+        if 0 < sampling.top_k < len(row):
+            ids = _top(row, sampling.top_k)
+            row = row[ids]
+        with np.errstate(over="ignore"):
+            # Relative to the best: no temperature overflows, and the likeliest token weighs 1.
+            weights: Floats = np.exp((row - best) / np.float32(sampling.temperature))
         if sampling.top_p < 1:
-            ids, weights = _nucleus(ids, weights, sampling.top_p)
+            kept = _nucleus(weights, sampling.top_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
         if sampling.min_p:
-            kept = weights >= sampling.min_p
-            ids, weights = ids[kept], weights[kept]
-        cumulative = weights.cumsum()
-        point = uniform(self._seed, self._position) * cumulative[-1]
-        # Right of the point is the first token whose own weight is not zero.
-        index = min(int(cumulative.searchsorted(point, side="right")), len(ids) - 1)
-        return int(ids[index])
+            kept = np.flatnonzero(weights >= sampling.min_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
+        index = _at(weights, uniform(self._seed, self._position))
+        return index if ids is None else int(ids[index])
 
 
 def _top(row: Floats, count: int) -> NDArray[np.intp]:
     """Ids of the `count` highest logits, in order of id; of equal ones the lowest ids."""
-    least = row[row.argpartition(-count)[-count]]
-    above, equal = np.flatnonzero(row > least), np.flatnonzero(row == least)
+    highest = np.maximum.reduceat(row, np.arange(0, len(row), BLOCK))
+    able = np.arange(len(row))
+    if count <= len(highest):  # as many logits are at least as high as the lowest of so many blocks' highest
+        able = np.flatnonzero(row >= np.partition(highest, -count)[-count])
+    values = row[able]
+    least = np.partition(values, -count)[-count]
+    above, equal = able[values > least], able[values == least]
     return np.sort(np.concatenate([above, equal[: count - len(above)]]))
 
 
-def _nucleus(ids: NDArray[np.intp], weights: Wide, top_p: float) -> tuple[NDArray[np.intp], Wide]:
-    """The fewest, likeliest tokens whose probability reaches `top_p`, in order of id."""
-    goal = top_p * weights.sum()
+def _nucleus(weights: Floats, top_p: float) -> NDArray[np.intp]:
+    """The fewest, likeliest tokens whose probability reaches `top_p`, in order."""
+    total = float(weights.sum(dtype=np.float64))
     # All tokens below this floor together weigh less than 1 - top_p, so none is in the nucleus: no need to sort them.
-    able = np.flatnonzero(weights >= (weights.sum() - goal) / len(weights))
+    able = np.flatnonzero(weights >= (1 - top_p) * total / len(weights) * (1 - ROUNDING))
     able = able if len(able) else np.array([weights.argmax()])
     order = able[np.argsort(-weights[able], kind="stable")]
-    reached = int(weights[order].cumsum().searchsorted(goal, side="left")) + 1
-    kept = np.sort(order[:reached])
-    return ids[kept], weights[kept]
+    reached = int(weights[order].cumsum(dtype=np.float64).searchsorted(top_p * total, side="left")) + 1
+    return np.sort(order[:reached])
+
+
+def _at(weights: Floats, share: float) -> int:
+    """The token at this share of all weights, of which one is over 0: the first whose running sum is beyond it. Sums of
+    blocks find its block, so that not every sum is written down."""
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
+    point = share * sums[-1]
+    block = min(int(sums.searchsorted(point, side="right")), len(sums) - 1)
+    within = weights[block * BLOCK : (block + 1) * BLOCK]
+    before = sums[block - 1] if block else 0.0
+    index = int((before + within.cumsum(dtype=np.float64)).searchsorted(point, side="right"))
+    # Right of the point is the first token whose own weight is not zero, but where the two sums are rounded otherwise.
+    return block * BLOCK + (index if index < len(within) else int(np.flatnonzero(within)[-1]))
 
 
 def _check_ids(sampling: Sampling, vocabulary: int) -> None:

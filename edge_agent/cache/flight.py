@@ -161,5 +161,7 @@ class Flights:
 
 def _size(delta: Delta) -> int:
     """About what it takes in memory."""
+    if not (delta.logprobs or delta.tool_calls):
+        return 256 + len(delta.text)
     tops = sum(len(token.top) + 1 for token in delta.logprobs)
     return 256 + len(delta.text) + 256 * tops + sum(len(piece.arguments) + 128 for piece in delta.tool_calls)

@@ -23,6 +23,7 @@ from shared.errors import (
 )
 from shared.guard import Guard
 from shared.http import create_app
+from shared.replies import error_body
 from shared.schemas import Answer, ChatRequest, Delta, ModelCard, Route, Usage
 
 LAST = Delta(finish_reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=2))
@@ -242,6 +243,50 @@ async def test_a_reader_that_never_reads_stalls_its_answer_not_our_memory() -> N
             await asyncio.sleep(0.3)  # the socket's buffers fill, then nothing moves any more
         assert pulled * 1000 < 16_000_000
         writer.close()
+
+
+async def test_a_reader_that_never_reads_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer is closed, and its connection cut without an end."""
+    monkeypatch.setattr(surface_module, "SEND_TIMEOUT", 0.5)
+    closed = asyncio.Event()
+
+    class Endless:
+        async def answer(self, _: ChatRequest) -> AsyncGenerator[Delta, None]:
+            try:
+                while True:
+                    yield Delta(text="x" * 65536, tokens=1)
+            finally:
+                closed.set()
+
+    async with surface(Endless()) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(post(chat(stream=True)))
+        await asyncio.wait_for(closed.wait(), HANG_S)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await asyncio.wait_for(reader.readexactly(1 << 30), HANG_S)
+        writer.close()
+
+
+async def test_each_write_has_its_own_time() -> None:
+    """A reader that is slow, but reads, is waited for however long it takes in all."""
+    read = asyncio.Event()
+
+    async def send(_: object) -> None:
+        await read.wait()
+
+    now = asyncio.get_running_loop().time
+    reply = surface_module.Reply(send, "r", "edge", error_body)
+    assert reply.patience(now()) == surface_module.SEND_TIMEOUT
+    for _ in range(2):
+        read.clear()
+        writing = asyncio.create_task(reply.write(b"a", more=True))
+        await asyncio.sleep(0)
+        waiting_since = now()
+        assert reply.patience(waiting_since + surface_module.SEND_TIMEOUT) <= 0 < reply.patience(waiting_since)
+        read.set()
+        await writing
+
+        assert reply.patience(waiting_since + 1e6) == surface_module.SEND_TIMEOUT
 
 
 async def test_no_tasks_are_left_behind() -> None:

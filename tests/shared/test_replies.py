@@ -46,6 +46,21 @@ def test_a_chat_stream_has_openais_shape() -> None:
     }
 
 
+@pytest.mark.parametrize("model", ["auto", 'a""b', '"content":""'])
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_a_text_is_what_all_of_a_chunk_says(kind: str, model: str) -> None:
+    """The chunk is made once and each text put into it: the same as one made for it, whatever names hold."""
+    body, parse = (chat, parse_chat) if kind == "chat" else (completion, parse_completion)
+    call = parse(body(stream=True, model=model), request_id="r")  # type: ignore[operator]
+    for text in ('"', "\\", "\n\u2028", '"",""', "a"):
+        fast, slow = (Chunks(call, reply_id="c", created=7) for _ in range(2))
+        fast.push(0, Delta(tokens=1))
+        said = fast.push(0, Delta(text=text, tokens=1))
+
+        assert said == slow._chunk(0, slow._piece(0, Delta(text=text)))
+        assert events(said)[0]["model"] == model
+
+
 def test_usage_is_only_sent_when_asked_for() -> None:
     """Without include_usage no chunk has the field and no chunk is without choices."""
     chunks = Chunks(parse_chat(chat(stream=True), request_id="r"), reply_id="c", created=7)

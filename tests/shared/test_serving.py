@@ -117,6 +117,36 @@ async def test_tls_is_served(tmp_path: Path) -> None:
             await client.get(f"http://127.0.0.1:{port}/")
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_pieces_of_a_stream_arrive_as_they_were_sent(method: str) -> None:
+    """Chunks of any size, empty ones among them, on a connection that goes on to the next request."""
+    pieces = [b"a", b"", b"0\r\n\r\n", b"x" * 70000]
+
+    async def streams(scope: Any, _: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"end"})
+
+    async with served(streams) as port, httpx.AsyncClient() as client:
+        for _ in range(2):
+            found = await client.request(method, f"http://127.0.0.1:{port}/")
+            assert found.headers["transfer-encoding"] == "chunked"
+            assert found.content == (b"".join(pieces) + b"end" if method == "GET" else b"")
+        old = await raw(port, b"GET / HTTP/1.0\r\nhost: a\r\n\r\n")
+        assert old.endswith(b"\r\n\r\n" + b"".join(pieces) + b"end")
+
+
+async def raw(port: int, request: bytes) -> bytes:
+    """All that comes until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    said = await asyncio.wait_for(reader.read(), HANG_S)
+    writer.close()
+    return said
+
+
 async def test_connections_are_kept_alive() -> None:
     """Two requests of one client use one connection: it is not closed in between."""
     async with served(hello) as port:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cloud_engine.engine.draw import Draw
 from cloud_engine.engine.sampler import FAILED
 from cloud_engine.engine.sampler import sample as in_the_cloud
-from edge_agent.backends.sampling import Sampled, Sampler, uniform
+from edge_agent.backends.sampling import Sampled, Sampler, _top, uniform
 from shared.errors import BadRequest, UpstreamFailed
 from shared.schemas import Sampling
 
@@ -83,6 +83,36 @@ def test_the_nucleus_is_the_smallest_that_reaches_p(logits: list[float], top_p: 
     weights = np.exp(np.array(logits, np.float64) - max(logits))
     likelier = weights[weights > weights[token]].sum() / weights.sum()
     assert likelier < top_p + 1e-9
+
+
+@given(st.integers(0, 9999), st.sampled_from([1, 255, 256, 257, 1500]), st.sampled_from([0.2, 1.0, 2.0]), st.booleans())
+@settings(max_examples=100)
+def test_a_draw_is_the_inverse_of_the_running_sum(seed: int, vocabulary: int, temperature: float, masked: bool) -> None:
+    """Whatever blocks it is looked for in: by plain sums of 64 bits, and nothing that may not be drawn."""
+    rng = np.random.default_rng(seed)
+    row = rng.normal(0, 5, vocabulary).astype(np.float32)
+    if masked:
+        row[rng.permutation(vocabulary)[1:]] = -np.inf
+    sampler = Sampler(Sampling(temperature=temperature, seed=seed), PROMPT[:0], vocabulary, 0)
+
+    token = sampler.pick(row.copy()).token
+
+    weights = np.exp((row.astype(np.float64) - float(row.max())) / temperature)
+    sums = weights.cumsum() / weights.sum()
+    assert weights[token] > 0
+    assert sums[token] - weights[token] / weights.sum() - 1e-6 <= uniform(seed, 0) <= sums[token] + 1e-6
+
+
+@given(
+    st.integers(0, 9999), st.sampled_from([1, 5, 256, 257, 1500]), st.integers(1, 1500), st.sampled_from([2, 9, 999])
+)
+@settings(max_examples=100)
+def test_the_highest_are_those_of_a_plain_sort(seed: int, vocabulary: int, count: int, kinds: int) -> None:
+    """Of equal ones the lowest ids, however many of them there are."""
+    row = np.random.default_rng(seed).integers(0, kinds, vocabulary).astype(np.float32)
+    count = min(count, vocabulary)
+
+    assert _top(row, count).tolist() == sorted(np.argsort(-row, kind="stable")[:count].tolist())
 
 
 def test_a_seed_gives_the_same_text_and_another_does_not() -> None:
