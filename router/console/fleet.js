@@ -10,7 +10,7 @@ export async function fleet(page, { every }) {
   page.append(shown);
   await every(2, async () => {
     const { fleet: found } = await get("/admin/fleet");
-    shown.replaceChildren(...(found ? [h("div", { class: "cards" }, cloud(found), here(found)), refused(found)] : [empty(NONE)]));
+    shown.replaceChildren(...(found ? [h("div", { class: "cards charts" }, cloud(found), here(found)), refused(found)] : [empty(NONE)]));
   });
 }
 
