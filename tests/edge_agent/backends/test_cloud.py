@@ -302,6 +302,16 @@ async def test_edge_only_adds_no_byte_to_a_live_connection() -> None:
         assert len(cloud.proxy.up) == sent
 
 
+@pytest.mark.parametrize("label", ["edge_only", "redact"])
+async def test_the_label_is_looked_at_before_anything_else(label: Label) -> None:
+    """By the backend itself, not only by its session: a closed one, which has no session to ask, says the same."""
+    async with site(EchoAnswer()) as cloud:
+        backend = cloud.make(rules=ClientRules())
+        await backend.aclose()
+        with pytest.raises(PolicyDenied):
+            await collect(backend, ask(label=label))
+
+
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on", "whatever"])
 async def test_no_cloud_means_no_cloud(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CAUSEWAY_NO_CLOUD: refused by name and without a connection, kept or not, though every caller asks for one."""
