@@ -157,6 +157,10 @@ def trial_left_out(rows: Rows, encoded: Encoded, encoder: Encoder, seeds: int) -
         yield score_line(f"{pair}, domains left out", rows, rows.pair == pair, gains, folds)
         if pair == "mmlu":
             yield score_line(f"{pair} clean, domains left out", rows, (rows.pair == pair) & ~rows.suspect, gains, folds)
+    kinds = rows.expert
+    gain = out_of_fold(rows, encoded, encoder, kinds, 0)
+    for left in PAIRS:
+        yield score_line(f"{left.name}, its kinds left out", rows, rows.pair == left.name, [gain], [kinds])
 
 
 def trial_answers(rows: Rows, encoded: Encoded, model: Difficulty, folder: Path, seeds: int) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """router.fit: training finds what there is to find, and twice the same. Needs the extra `train`."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from router.cascade import AGREEMENT, describe
 from router.difficulty import Difficulty, Encoder
-from router.fit import BITS, VECTOR, Encoded, calibrate, fit_heads, fit_hearing, settle
+from router.fit import BITS, NARROW, VECTOR, Encoded, calibrate, fit_heads, fit_hearing, settle
 from router.outcomes import EXPERTS, Rows, apgr, groups
 from router.wording import read
 
@@ -99,6 +99,19 @@ def test_the_cascade_learns_from_agreement_and_keeps_kinds_apart() -> None:
     assert said("choice", 0.0) == said("many_choices", 0.0) > 0.9
     assert said("many_choices", 1.0) < 0.1
     assert said("code", 0.0) == said("arithmetic", 1.0) == pytest.approx(0.3)
+
+
+def test_an_expert_of_few_domains_reaches_less_far(encoder: Encoder) -> None:
+    """What was learned over many domains may speak for a new one; what was learned on one speaks for that alone."""
+    rows = made_up(800, 1)
+    encoded = Encoded(encoder, [read(query) for query in rows.query])
+    encoded.dense[:40] += np.random.default_rng(0).normal(size=encoded.dense[:40].shape) * 9  # some far from the rest
+    many = replace(rows, domain=np.array([f"domain {number % 20}" for number in range(800)]))
+
+    few, wide = (fit_heads(each, encoded, encoder, np.arange(800), seed=3).reach for each in (rows, many))
+
+    assert few[0] == NARROW
+    assert wide[0] > NARROW
 
 
 def test_what_others_know_of_a_question_settles_its_outcome() -> None:
