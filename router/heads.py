@@ -51,7 +51,8 @@ class Heads:
 
 class Panel:
     """The experts laid out so that one prompt takes few and wide operations. What is left for five numbers at a time is
-    plain Python, which is faster there than an array. Immutable."""
+    plain Python, which is faster there than an array. Immutable, but for the forests that it lays out as they are asked
+    for: one for each set of experts."""
 
     def __init__(self, heads: Heads) -> None:
         self._mean, self._scale = heads.mean, 1 / heads.spread
@@ -63,9 +64,8 @@ class Panel:
         self._forests: dict[tuple[int, ...], Forest] = {}
         counted = [expert for expert, (_, _, gram) in enumerate(self._blend) if gram]
         self._column = {expert: column for column, expert in enumerate(counted)}
-        self._gram = np.zeros(
-            (len(heads.gram), 1 << max(len(counted) - 1, 0).bit_length()), np.float32
-        )  # such rows are fetched fast
+        width = 1 << max(len(counted) - 1, 0).bit_length()  # rows of 16 or 32 bytes are fetched faster than of 12 or 20
+        self._gram = np.zeros((len(heads.gram), width), np.float32)
         self._gram[:, : len(counted)] = heads.gram[:, counted]
         self._middle = heads.middle.astype(np.float32)
         self._whiten = heads.whiten.astype(np.float32, copy=False)
@@ -88,7 +88,7 @@ class Panel:
         ]
         grams = (weight.astype(np.float32, copy=False) @ self._gram.take(where, axis=0)).tolist()
         gain = (1 - sum(shares)) * self._expected(dense)
-        trees = self._trees(tuple(expert for expert, share in enumerate(shares) if share), dense)
+        trees = self._trees(shares, dense)
         for expert, share in enumerate(shares):
             if not share:
                 continue
@@ -113,9 +113,9 @@ class Panel:
         logits: list[float] = (inputs @ self._slopes + self._offsets).tolist()
         return logits
 
-    def _trees(self, heard: tuple[int, ...], dense: Floats) -> dict[int, float]:
-        """What their trees say: of all that are heard at once, and of no others."""
-        asked = tuple(expert for expert in heard if self._blend[expert][1])
+    def _trees(self, shares: list[float], dense: Floats) -> dict[int, float]:
+        """What the trees of those say who are heard: all at once, and no others."""
+        asked = tuple(expert for expert, share in enumerate(shares) if share and self._blend[expert][1])
         if not asked:
             return {}
         forest = self._forests.get(asked)

@@ -8,6 +8,7 @@ A placeholder in JSON must be a string, also where a number stood. What the requ
 within a string, comes back as that number where the answer's JSON has its placeholder for a whole value.
 """
 
+import bisect
 import hashlib
 import hmac
 import json
@@ -80,10 +81,11 @@ class Redaction:
             return Restorer(self.values)
         values: dict[str, str] = {}
         numbers: dict[str, str] = {}
+        bare = self._numbers - self._strings
         for placeholder, value in self.values.items():
             for spelled in (placeholder, rf"\u003c{placeholder[1:-1]}\u003e"):
                 values[spelled] = json.dumps(value, ensure_ascii=False)[1:-1]
-                if placeholder in self._numbers - self._strings:
+                if placeholder in bare:
                     numbers[f'"{spelled}"'] = value
         return Restorer(values, numbers)
 
@@ -114,7 +116,8 @@ class Restorer:
 
     def __init__(self, values: Mapping[str, str], numbers: Mapping[str, str] = MappingProxyType({})) -> None:
         self._values = {placeholder.lower(): value for placeholder, value in {**values, **numbers}.items()}
-        self._numbers = tuple(map(str.lower, numbers))
+        self._sorted, self._numbers = sorted(self._values), sorted(map(str.lower, numbers))
+        self._openers = '<\\"' if numbers else "<\\"
         self._longest = max(map(len, self._values), default=0) + (_GAP + 1) * bool(numbers)
         patterns = [*(re.escape(number) + _ENDED for number in numbers), *map(re.escape, values)]
         self._pattern = re.compile("|".join(patterns), re.IGNORECASE) if values else None
@@ -155,15 +158,20 @@ class Restorer:
     def settled(self, text: str) -> int:
         """How much of the text holds no placeholder that is still being written."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if text[start] in '<\\"' and self._begins(text[start:].lower()):
+            if text[start] in self._openers and self._begins(text[start:].lower()):
                 return start
         return len(text)
 
     def _begins(self, begun: str) -> bool:
-        if any(len(begun) < len(whole) and whole.startswith(begun) for whole in self._values):
+        """Whether it could go on to be a placeholder, or is one of a number that may yet turn out to be a key."""
+        following = bisect.bisect_right(self._sorted, begun)
+        if following < len(self._sorted) and self._sorted[following].startswith(begun):
             return True
-        after = next((begun[len(number) :] for number in self._numbers if begun.startswith(number)), None)
-        return after is not None and len(after) <= _GAP and not after.strip()
+        before = bisect.bisect_right(self._numbers, begun) - 1
+        if before < 0 or not begun.startswith(self._numbers[before]):
+            return False
+        after = begun[len(self._numbers[before]) :]
+        return len(after) <= _GAP and not after.strip()
 
 
 def plain_of(written: str) -> str:
