@@ -58,6 +58,12 @@ void round_row(const Row& row, int inputs, const Rounded& to) {
     }
 }
 
+// Asks for two lines of the panel, or the next one.
+inline void ask_ahead(const void* at) {
+    _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+    _mm_prefetch((const char*)at + AHEAD + LINE, _MM_HINT_T0);
+}
+
 // What each of the tiles with a panel asks for of the next one: some lines of every group, into the second cache.
 struct Next {
     const Group* panel;
@@ -86,13 +92,11 @@ void tile(const Product<T>& product, const Rounded& x, int row, const Group* wei
         __m512i sum[R][2];
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(x.starts[r * groups + g]);
         if (R > SINGLE) next.ask(g);
+        else ask_ahead(group.scales);
 #pragma GCC unroll 16
         for (int i = 0; i < STEPS; i++) {
             const uint8_t* at = group.values[i];
-            if (R <= SINGLE) {
-                _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
-                _mm_prefetch((const char*)at + AHEAD + LINE, _MM_HINT_T0);
-            }
+            if (R <= SINGLE) ask_ahead(at);
             const __m512i w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + LINE);
             for (int r = 0; r < R; r++) {
                 int32_t four;
