@@ -32,7 +32,7 @@ RUN = HERE.parent / ".run"
 BIN = Path(sys.executable).parent
 EDGE_PORT, CLOUD_PORT = 8484, 8585
 SIDES = ("edge", "cloud")
-READY_S, STOP_S, ANSWER_S = 120.0, 20.0, 120.0
+READY_S, STOP_S, ANSWER_S = 300.0, 20.0, 120.0
 
 Model = Annotated[str, typer.Option(help="a name from the model store, or a GGUF file")]
 DEFAULT_MODEL = "smollm2:135m"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-READY_S = 120.0
+READY_S = 300.0
 STOP_S = 30.0
 
 

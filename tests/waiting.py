@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-HANG_S: Final = 90.0
+HANG_S: Final = 120.0
 
 
 async def until(true: Callable[[], bool]) -> None:
