@@ -218,6 +218,8 @@ async def _typed(work: Work, reply: Reply) -> None:
     """Whatever happens, the client gets the end of its reply or an explicit error."""
     try:
         await work(reply)
+    except SlowConsumer:
+        raise  # no use to tell who does not read: the connection is cut
     except Exception as error:
         await reply.fail(typed(error, reply.source))
 
@@ -239,7 +241,7 @@ async def _read_body(receive: Receive) -> bytes:
 
 async def _while_connected(work: Coroutine[Any, Any, None], reply: Reply, receive: Receive) -> None:
     """Run `work` to its end, or until the client leaves or this task is cancelled; leaves nothing running. Raises
-    SlowConsumer, and cuts the connection, if the client does not read: no use to tell it."""
+    SlowConsumer if the client does not read."""
     tasks = {asyncio.create_task(work), asyncio.create_task(_disconnected(receive))}
     ended: set[asyncio.Task[None]] = set()
     try:
