@@ -98,6 +98,8 @@ def _form(final: str, stem: str) -> list[float]:
         float(final.count("\\")),
         float(sum(map(str.isalpha, final))),
         float(sum(not sign.isalnum() for sign in final)),
+        float("=" in final),
+        float(final.count(" ")),
     ]
 
 

@@ -29,6 +29,7 @@ from shared.errors import BadRequest
 SIGNALS = {"answer_chars": math.inf, "agreement": 1.0, "peers": 1000.0, "silent": 1.0, "dissent": 1.0}
 AGREEMENT = 3  # where `describe` puts that signal
 DIRECTIONS = 16  # of the prompt's word vector; more of it only added noise
+ROUNDS = 3  # what is learned apart: no second opinion, one, or more
 
 
 def describe(query: str, local_answer: str, signals: Mapping[str, float]) -> list[float]:
@@ -55,11 +56,17 @@ def describe(query: str, local_answer: str, signals: Mapping[str, float]) -> lis
     ]
 
 
+def opinions(signals: Mapping[str, float]) -> int:
+    """How many second opinions there are, as far as it is learned apart: 0 to ROUNDS - 1."""
+    return min(max(int(signals.get("peers", 1.0)), 1), ROUNDS - 1) if "agreement" in signals else 0
+
+
 @dataclass(frozen=True)
 class Hearing:
-    """What was learned over Z inputs, for E experts.
+    """What was learned over Z inputs, for E experts, by how many second opinions there are.
 
-    feature, limit (E, T, 7), leaf (E, T, 8): a forest each; curve (2,): slope and intercept from gain to probability.
+    feature, limit (ROUNDS, E, T, 7), leaf (ROUNDS, E, T, 8): a forest each; curve (2,): slope and intercept from gain
+    to probability.
     """
 
     feature: Array
@@ -67,12 +74,13 @@ class Hearing:
     leaf: Array
     curve: Array
 
-    def gain(self, inputs: Floats, gate: Floats) -> float:
-        return float(gate @ self._forest.sums(inputs))
+    def gain(self, inputs: Floats, gate: Floats, heard: int) -> float:
+        """heard: as `opinions` counts them."""
+        return float(gate @ self._forests[heard].sums(inputs))
 
     @functools.cached_property
-    def _forest(self) -> Forest:
-        return Forest(self.feature, self.limit, self.leaf)
+    def _forests(self) -> list[Forest]:
+        return [Forest(*arrays) for arrays in zip(self.feature, self.limit, self.leaf, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +103,12 @@ class Cascade:
 
     def check(self) -> None:
         hearing, wide = self.hearing, len(self.inputs("", "", {})[0])
-        trees = hearing.feature.shape[1] if hearing.feature.ndim == 3 else 0
+        trees = hearing.feature.shape[2] if hearing.feature.ndim == 4 else 0
         experts = len(self.difficulty.names)
         shapes = {
-            "feature": (experts, trees, 7),
-            "limit": (experts, trees, 7),
-            "leaf": (experts, trees, 8),
+            "feature": (ROUNDS, experts, trees, 7),
+            "limit": (ROUNDS, experts, trees, 7),
+            "leaf": (ROUNDS, experts, trees, 8),
             "curve": (2,),
         }
         check_arrays(shapes, hearing)
@@ -116,7 +124,7 @@ class Cascade:
 
     def score(self, query: str, local_answer: str, signals: Mapping[str, float]) -> float:
         """The calibrated probability that the cloud is right where this answer is wrong."""
-        gain = self.hearing.gain(*self.inputs(query, local_answer, signals))
+        gain = self.hearing.gain(*self.inputs(query, local_answer, signals), opinions(signals))
         return logistic(float(self.hearing.curve[0]) * gain + float(self.hearing.curve[1]))
 
 

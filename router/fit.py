@@ -17,7 +17,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from router.cascade import AGREEMENT, Hearing, describe, join
+from router.cascade import AGREEMENT, DIRECTIONS, ROUNDS, Hearing, describe, join
 from router.difficulty import Encoder
 from router.heads import Heads
 from router.outcomes import EXPERTS, Answers, Rows
@@ -300,17 +300,24 @@ def hear(rows: Rows, encoded: Encoded, answers: Answers, at: Array, peers: int) 
     return np.array([join(encoded.dense[row], measures, each) for row, each in zip(at, described, strict=True)])
 
 
-def fit_hearing(inputs: Array, gain: Array, expert: Array, seed: int) -> Hearing:
-    """A forest over the answers to questions with options and one over all others; each expert has that of its kind.
-    An answer that others agree with is never thought worse of for it."""
+def fit_hearing(inputs: Array, gain: Array, expert: Array, heard: Array, seed: int) -> Hearing:
+    """By how many opinions were `heard` (0 to ROUNDS - 1): a forest over answers to questions with options and one
+    over all others, each expert having that of its kind. An answer that others agree with is not thought worse of.
+    """
     monotone = np.zeros(inputs.shape[1], np.int64)
-    monotone[inputs.shape[1] - len(describe("", "", {})) + AGREEMENT] = -1
+    described = inputs.shape[1] - len(describe("", "", {}))
+    monotone[described + AGREEMENT] = -1
     optional = np.isin(expert, [EXPERTS.index(name) for name in OPTIONAL])
-    forests = [
-        _fit_trees(inputs[own], gain[own], np.ones(int(own.sum())), seed, monotone) for own in (optional, ~optional)
-    ]
-    own = [forests[name not in OPTIONAL] for name in EXPERTS]
-    feature, limit, leaf = (np.array(side) for side in zip(*own, strict=True))
+    plain = inputs.copy()
+    plain[:, described - DIRECTIONS : described] = 0  # without options they only added noise
+
+    def forests(number: int) -> list[tuple[Array, Array, Array]]:
+        sides = ((optional & (heard == number), inputs), (~optional & (heard == number), plain))
+        grown = [_fit_trees(x[own], gain[own], np.ones(int(own.sum())), seed, monotone) for own, x in sides]
+        return [grown[name not in OPTIONAL] for name in EXPERTS]
+
+    every = [forests(number) for number in range(ROUNDS)]
+    feature, limit, leaf = (np.array([[each[side] for each in round_] for round_ in every]) for side in range(3))
     return Hearing(feature.astype(np.int16), limit, leaf, np.array([4.0, -1.0]))
 
 

@@ -46,6 +46,7 @@ class Told:
 
     blocks: dict[tuple[str, int], slice]
     at: Array  # row of `Rows`
+    heard: Array  # how many second opinions
     inputs: Array
     weak: Array
     strong: Array
@@ -53,22 +54,21 @@ class Told:
 
 def told(rows: Rows, encoded: Encoded, folder: Path) -> Told:
     blocks: dict[tuple[str, int], slice] = {}
-    parts: list[tuple[Array, Array, Array, Array]] = []
+    parts: list[tuple[Array, ...]] = []
     end = 0
     for heard in outcomes.HEARD:
         answers = outcomes.load_answers(folder, heard)
         at = np.flatnonzero(rows.pair == heard.name)
         for peers in range(len(heard.peers) + 1):
             inputs = hear(rows, encoded, answers, at, peers)
-            parts.append((at, inputs, answers.weak, answers.strong))
+            parts.append((at, np.full(len(at), peers), inputs, answers.weak, answers.strong))
             blocks[heard.name, peers] = slice(end, end := end + len(at))
-    at, inputs, weak, strong = (np.concatenate(side) for side in zip(*parts, strict=True))
-    return Told(blocks, at, inputs, weak, strong)
+    return Told(blocks, *(np.concatenate(side) for side in zip(*parts, strict=True)))
 
 
 def hear_all(rows: Rows, all_told: Told, keep: Array, seed: int) -> Hearing:
     gain = (all_told.strong - all_told.weak)[keep]
-    return fit_hearing(all_told.inputs[keep], gain, rows.expert[all_told.at[keep]], seed)
+    return fit_hearing(all_told.inputs[keep], gain, rows.expert[all_told.at[keep]], all_told.heard[keep], seed)
 
 
 def hear_out_of_fold(rows: Rows, all_told: Told, gates: Array, fold: Array, seed: int) -> Array:
@@ -77,7 +77,7 @@ def hear_out_of_fold(rows: Rows, all_told: Told, gates: Array, fold: Array, seed
     for train, test in splits(rows, fold):
         hearing = hear_all(rows, all_told, np.flatnonzero(np.isin(all_told.at, train)), seed)
         for one in np.flatnonzero(np.isin(all_told.at, test)):
-            gain[one] = hearing.gain(all_told.inputs[one], gates[all_told.at[one]])
+            gain[one] = hearing.gain(all_told.inputs[one], gates[all_told.at[one]], int(all_told.heard[one]))
     return gain
 
 

@@ -64,17 +64,17 @@ def test_the_place_among_the_options_is_told() -> None:
     """Of the four options C is the third and the largest number; D says none of them."""
     third, last = traits(OPTIONS, "C"), traits(OPTIONS, "D")
 
-    assert (third[12], third[13], third[14]) == (2.0, 0.5, 4.0)
-    assert third[18] == 0.5  # two of four options are smaller
-    assert (third[20], last[20]) == (0.0, 1.0)
+    assert (third[14], third[15], third[16]) == (2.0, 0.5, 4.0)
+    assert third[20] == 0.5  # two of four options are smaller
+    assert (third[22], last[22]) == (0.0, 1.0)
 
 
 def test_the_type_that_a_program_returns_is_expected() -> None:
     """A string where the program returns a length is marked; a number is not."""
     number, string = traits(PROGRAM, "4"), traits(PROGRAM, "'abcd'")
 
-    assert (number[22], string[22]) == (0.0, 1.0)
-    assert (number[24], string[24]) == (0.0, 1.0)  # the answer repeats the argument
+    assert (number[24], string[24]) == (0.0, 1.0)
+    assert (number[26], string[26]) == (0.0, 1.0)  # the answer repeats the argument
 
 
 @given(st.sampled_from(["", OPTIONS, PROGRAM, "What is 3 + 4?"]), st.text(max_size=80), st.text(max_size=30))

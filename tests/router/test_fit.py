@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from router.cascade import AGREEMENT, describe
+from router.cascade import AGREEMENT, ROUNDS, describe
+from router.cascade import opinions as opinions_of
 from router.difficulty import Difficulty, Encoder
 from router.fit import BITS, NARROW, VECTOR, Encoded, calibrate, fit_heads, fit_hearing, settle
 from router.outcomes import EXPERTS, Rows, apgr, groups
@@ -89,16 +90,37 @@ def test_the_cascade_learns_from_agreement_and_keeps_kinds_apart() -> None:
     expert = np.arange(2000) % 2 + 1  # many_choices, arithmetic
     gain = np.where(expert == 1, 1 - agreed, 0.3)
 
-    hearing = fit_hearing(inputs, gain, expert, seed=1)
+    opinions = np.arange(2000) // 2 % ROUNDS
+    gain[opinions == 0] = 0.6  # nobody was asked
 
-    def said(name: str, agreement: float) -> float:
-        heard = np.zeros(inputs.shape[1])
-        heard[20 + AGREEMENT] = agreement
-        return hearing.gain(heard, np.array([float(name == each) for each in EXPERTS]))
+    hearing = fit_hearing(inputs, gain, expert, opinions, seed=1)
+
+    def said(name: str, agreement: float, heard: int = 1) -> float:
+        asked = np.zeros(inputs.shape[1])
+        asked[20 + AGREEMENT] = agreement
+        return hearing.gain(asked, np.array([float(name == each) for each in EXPERTS]), heard)
 
     assert said("choice", 0.0) == said("many_choices", 0.0) > 0.9
     assert said("many_choices", 1.0) < 0.1
+    assert said("many_choices", 1.0, heard=2) < 0.1
     assert said("code", 0.0) == said("arithmetic", 1.0) == pytest.approx(0.3)
+    assert said("choice", 0.0, heard=0) == said("choice", 1.0, heard=0) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("signals", "heard"),
+    [
+        ({}, 0),
+        ({"peers": 2}, 0),
+        ({"agreement": 1.0}, 1),
+        ({"agreement": 1.0, "peers": 0}, 1),
+        ({"agreement": 0.5, "peers": 2}, 2),
+        ({"agreement": 0.5, "peers": 900}, 2),
+    ],
+)
+def test_opinions_are_counted_as_far_as_they_are_learned_apart(signals: dict[str, float], heard: int) -> None:
+    """None without an agreement, whatever else is said; one where it is not said of how many; two for all more."""
+    assert opinions_of(signals) == heard
 
 
 def test_an_expert_of_few_domains_reaches_less_far(encoder: Encoder) -> None:
