@@ -233,7 +233,7 @@ class Agent:
         if target == "edge":
             return self._local.answer(request)
         if self._offload is None:
-            raise PolicyDenied("no cloud is configured")
+            raise PolicyDenied("no cloud is in use")
         return self._offload.answer(request, policy)
 
     async def prompt_tokens(self, request: ChatRequest) -> int:

@@ -74,7 +74,7 @@ def firm_rule(case: Case) -> Bar | None:
 
 
 def no_cloud(case: Case) -> Bar | None:
-    return None if case.link.configured else Bar("cloud", "no_cloud", "no cloud is configured")
+    return None if case.link.configured else Bar("cloud", "no_cloud", "no cloud is in use")
 
 
 def budget(case: Case) -> Bar | None:

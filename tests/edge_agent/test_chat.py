@@ -64,7 +64,7 @@ async def test_a_conversation_remembers_what_was_said(tmp_path: Path) -> None:
     terminal = await talk(tmp_path, side, None, "one", "  ", "two")
 
     assert terminal.out.getvalue() == "from here\n" * 2
-    assert [note.partition(";")[0].rstrip("]") for note in terminal.notes] == ["[edge: no cloud is configured"] * 2
+    assert [note.partition(";")[0].rstrip("]") for note in terminal.notes] == ["[edge: no cloud is in use"] * 2
     assert "tokens/s" in terminal.notes[0]
     assert [len(request.messages) for request in side.requests] == [1, 3]
     assert [message.content for message in side.requests[1].messages] == ["one", "from here", "two"]

@@ -92,7 +92,7 @@ async def test_the_second_time_it_comes_from_the_cache() -> None:
     route = second[0].route
     assert route is not None
     assert (route.target, route.model) == ("edge", "small")
-    assert route.reason == "no cloud is configured; cache hit: memory, 12 s old"
+    assert route.reason == "no cloud is in use; cache hit: memory, 12 s old"
     assert route.cached is not None
     assert (route.cached.layer, route.cached.age_s) == ("memory", 12)
     usage = second[-1].usage
