@@ -1,3 +1,4 @@
+import asyncio
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from model_origin import model_bytes
 
 from edge_agent import __main__ as command
 from shared.keys import Keys
@@ -34,6 +36,19 @@ def write(name: str, text: str, mode: int = 0o600) -> str:
     Path(name).write_text(text)
     Path(name).chmod(mode)
     return name
+
+
+class Loading:
+    """A local backend that never comes to an end with loading."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    async def start(self) -> None:
+        await asyncio.Event().wait()
+
+    async def aclose(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -65,12 +80,14 @@ def test_what_cannot_start_says_why_in_one_line(
     args: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit status 2, one line on stderr that names the setting, no traceback, nothing on stdout."""
+    monkeypatch.setattr("edge_agent.run.LlamaBackend", Loading)
+    Path("small.gguf").write_bytes(model_bytes(100))
     write("bad.yaml", "mode: only_edge\nrulez: []\n")
     write("bad.toml", "prot = 1\n")
     write("good.key", "cw_secret\n")
     write("open.key", "cw_secret\n", 0o644)
 
-    status = run(monkeypatch, "serve", *args)
+    status = run(monkeypatch, "serve", *([] if "--model" in args else ["--model", "small.gguf"]), *args)
 
     out, err = capsys.readouterr()
     assert status == 2
