@@ -15,7 +15,7 @@ from edge_agent.cache_commands import cache_app
 from edge_agent.models.commands import add_model_commands
 
 if TYPE_CHECKING:
-    from edge_agent.backends.birth import Newborn
+    from edge_agent.backends.spawn import Spare
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,13 +60,13 @@ def serve(
 ) -> None:
     """Serve until SIGTERM; prints `listening on URL` when ready."""
     flags = {name: value for name, value in locals().items() if name != "config"}
-    from edge_agent.backends.birth import newborn
+    from edge_agent.backends.spawn import spare
 
-    with newborn() as first:  # before all other imports: it has many of its own
-        _serve(config, flags, first)
+    with spare() as one:  # before all other imports: it has many of its own
+        _serve(config, flags, one)
 
 
-def _serve(config: Path | None, flags: dict[str, Any], first: "Newborn | None") -> None:
+def _serve(config: Path | None, flags: dict[str, Any], spare: "Spare | None") -> None:
     from edge_agent.settings import EdgeSettings
     from shared.config import load
 
@@ -92,7 +92,7 @@ def _serve(config: Path | None, flags: dict[str, Any], first: "Newborn | None") 
         return read()
 
     apply(settings)
-    asyncio.run(run(settings, LiveSettings(settings, load=read_again, file=config, apply=apply), first))
+    asyncio.run(run(settings, LiveSettings(settings, load=read_again, file=config, apply=apply), spare))
 
 
 @app.command()

@@ -9,8 +9,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from edge_agent.api.credentials import state_folder
-from edge_agent.backends.birth import Newborn
 from edge_agent.backends.llama import LlamaBackend
+from edge_agent.backends.spawn import Spare
 from edge_agent.instance import Held, hold
 from edge_agent.models.library import Library
 from edge_agent.models.memory import machine_memory
@@ -22,20 +22,20 @@ from shared.models import default_store, resolve
 Serve = Callable[[Library, asyncio.Task[None], EdgeSettings, LiveSettings, Path, Held], Awaitable[None]]
 
 
-async def run(settings: EdgeSettings, live: LiveSettings | None = None, newborn: Newborn | None = None) -> None:
+async def run(settings: EdgeSettings, live: LiveSettings | None = None, spare: Spare | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises CausewayError, before anything listens, if it must not or cannot start.
 
     `live` are the same settings as they can be read again; without it there is nothing to read. The model is loaded by
-    the `newborn`, if there is one.
+    the `spare`, if there is one.
     """
     check(settings)
     state = settings.state_dir or state_folder(os.environ, Path.home())
     with hold(state) as held:
-        await _serve(settings, live or LiveSettings(settings), state, held, newborn)
+        await _serve(settings, live or LiveSettings(settings), state, held, spare)
 
 
-async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: Held, newborn: Newborn | None) -> None:
-    local = _local(settings, state, newborn)
+async def _serve(settings: EdgeSettings, live: LiveSettings, state: Path, held: Held, spare: Spare | None) -> None:
+    local = _local(settings, state, spare)
     async with AsyncExitStack() as closing:
         closing.push_async_callback(local.aclose)
         loading = asyncio.create_task(local.start())
@@ -55,7 +55,7 @@ async def _ended(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _local(settings: EdgeSettings, state: Path, newborn: Newborn | None) -> Library:
+def _local(settings: EdgeSettings, state: Path, spare: Spare | None) -> Library:
     store = default_store(os.environ, Path.home())
 
     def open_backend(file: Path, slots: int) -> LlamaBackend:
@@ -69,7 +69,7 @@ def _local(settings: EdgeSettings, state: Path, newborn: Newborn | None) -> Libr
             saved=state / "prefixes",
             saved_bytes=settings.prefix_disk_mb << 20,
             context_shift=settings.context_shift,
-            newborn=newborn,
+            spare=spare,
         )
 
     return Library(

@@ -1,12 +1,12 @@
-"""The daemon's handle on the process that runs the model: its birth, its frames, its death."""
+"""The daemon's handle on the process that runs the model: its start, its frames, its death."""
 
 import asyncio
 import signal
 import subprocess
 from collections.abc import Callable
 
-from edge_agent.backends.birth import Newborn, born, end
 from edge_agent.backends.pipe import Frame, FromModel, encode, from_model
+from edge_agent.backends.spawn import Spare, end, spawn
 from shared.errors import BadFrame, Overloaded
 
 MAX_UNSENT = 128 << 20
@@ -30,11 +30,11 @@ class Child(asyncio.Protocol):
 
     @classmethod
     async def start(
-        cls, received: Callable[[FromModel], None], died: Callable[[str], None], newborn: Newborn | None = None
+        cls, received: Callable[[FromModel], None], died: Callable[[str], None], spare: Spare | None = None
     ) -> "Child":
-        """Takes the `newborn` if it can still be had. See `birth.born` for the thread, and the OSError."""
+        """Takes the `spare` if it can still be had. See `spawn.spawn` for the thread, and the OSError."""
         child = cls(received, died)
-        process, ours = (newborn.take() if newborn else None) or born()
+        process, ours = (spare.take() if spare else None) or spawn()
         child._process = process
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: child, sock=ours)

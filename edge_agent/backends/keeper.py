@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from edge_agent.backends.birth import Newborn
 from edge_agent.backends.child import Child
 from edge_agent.backends.pipe import Broken, Frame, FromModel, Load, Log, Ping, Pong, Ready, Stop
+from edge_agent.backends.spawn import Spare
 from shared.errors import CausewayError, Internal, UpstreamFailed
 
 log = structlog.get_logger("causeway.llama")
@@ -37,7 +37,7 @@ class Keeper:
 
     `received` gets the frames that concern requests; `up` is called with each Ready; `down` after each death with the
     reason and the seconds until the next start; `busy` says if anything is asked of the process. The first life is the
-    `newborn`'s, if it can still be had.
+    `spare`'s, if it can still be had.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Keeper:
         down: Callable[[str, float], None],
         busy: Callable[[], bool],
         rules: KeeperRules,
-        newborn: Newborn | None = None,
+        spare: Spare | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.restarts = 0
-        self._load, self._rules, self._newborn, self._jitter = load, rules, newborn, jitter
+        self._load, self._rules, self._spare, self._jitter = load, rules, spare, jitter
         self._received, self._up, self._down, self._busy = received, up, down, busy
         self._child: Child | None = None
         self._ready: asyncio.Future[Ready] | None = None
@@ -107,11 +107,11 @@ class Keeper:
             return None
 
     async def _one_life(self, first: "asyncio.Future[Ready]") -> float | None:
-        """From birth to death. Returns in how many seconds the next may begin; None if the first never served."""
+        """From start to death. Returns in how many seconds the next may begin; None if the first never served."""
         loop = asyncio.get_running_loop()
         self._ready, self._dead = loop.create_future(), loop.create_future()
         try:
-            child = await Child.start(self._take, self._on_death, self._newborn)
+            child = await Child.start(self._take, self._on_death, self._spare)
         except OSError as full:
             self._dead.set_result(f"cannot be started: {full.strerror}")
             if first.done():

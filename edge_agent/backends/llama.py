@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 
 from edge_agent.backends.base import DEFAULT_CONTEXT
-from edge_agent.backends.birth import Newborn
 from edge_agent.backends.keeper import Keeper, KeeperRules
 from edge_agent.backends.pipe import Ask, Cancel, Count, Counted, FromModel, Held, Load, Ready, Step
+from edge_agent.backends.spawn import Spare
 from edge_agent.backends.suspects import Suspects, fingerprint
 from shared.errors import BadRequest, CausewayError, DeadlineExceeded, Overloaded, SlowConsumer, UpstreamFailed
 from shared.gguf import check
@@ -88,7 +88,7 @@ class LlamaBackend:
     `context` is what one request may use, prompt and output together, at most what the model was trained for; `queue`
     how many may wait for one of the `slots`. `prefix_bytes` of memory hold what was computed and has no slot any more;
     `saved_bytes` on disk, in the folder `saved`, keep it from one start to the next. For `context_shift` see `Batcher`,
-    for `newborn` `Keeper`.
+    and for `spare` see `Keeper`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class LlamaBackend:
         saved: Path | None = None,
         saved_bytes: int = 0,
         context_shift: bool = False,
-        newborn: Newborn | None = None,
+        spare: Spare | None = None,
         rules: KeeperRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -136,7 +136,7 @@ class LlamaBackend:
             down=self._on_down,
             busy=lambda: bool(self._asked),
             rules=rules or KeeperRules(),
-            newborn=newborn,
+            spare=spare,
         )
 
     async def start(self) -> None:

@@ -154,7 +154,7 @@ async def test_options_reach_the_local_model(tmp_path: Path, llama: type[Llama])
         "saved": tmp_path / "state" / "prefixes",
         "saved_bytes": 2 << 20,
         "context_shift": False,
-        "newborn": None,
+        "spare": None,
     }
 
 

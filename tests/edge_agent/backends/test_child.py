@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_agent.backends import birth
-from edge_agent.backends.birth import environment, newborn
+from edge_agent.backends import spawn
+from edge_agent.backends.spawn import environment, spare
 
 START = """
 import asyncio, sys
@@ -36,10 +36,10 @@ def test_it_is_told_nothing_but_what_it_needs() -> None:
 
 def test_a_process_that_nobody_takes_is_ended() -> None:
     """However the start of the daemon fails, none is left behind."""
-    with pytest.raises(ValueError, match="settings"), newborn() as one:
+    with pytest.raises(ValueError, match="settings"), spare() as one:
         assert one is not None
-        assert one._born is not None
-        process = psutil.Process(one._born[0].pid)
+        assert one._spawned is not None
+        process = psutil.Process(one._spawned[0].pid)
         assert process.is_running()
         raise ValueError("settings")
 
@@ -52,8 +52,8 @@ def test_a_machine_without_room_for_a_process_starts_none_early(monkeypatch: pyt
     def full(*_: object, **__: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(birth.subprocess, "Popen", full)
-    with newborn() as one:
+    monkeypatch.setattr(spawn.subprocess, "Popen", full)
+    with spare() as one:
         assert one is None
 
 

@@ -9,10 +9,10 @@ import pytest
 from waiting import until
 
 from edge_agent.backends import keeper as module
-from edge_agent.backends.birth import Newborn, newborn
 from edge_agent.backends.child import Child
 from edge_agent.backends.keeper import Keeper, KeeperRules
 from edge_agent.backends.pipe import Cancel, Frame, FromModel, Load, Ready
+from edge_agent.backends.spawn import Spare, spare
 from shared.errors import UpstreamFailed
 from shared.gguf import ModelInvalid
 
@@ -36,7 +36,7 @@ class Life:
 
 @asynccontextmanager
 async def kept(
-    path: Path, life: Life, rules: KeeperRules | None = None, newborn: Newborn | None = None
+    path: Path, life: Life, rules: KeeperRules | None = None, spare: Spare | None = None
 ) -> AsyncIterator[Keeper]:
     keeper = Keeper(
         Load(str(path), "m", 1, 64),
@@ -45,7 +45,7 @@ async def kept(
         down=life.down,
         busy=lambda: False,
         rules=rules or KeeperRules(first_delay_s=0.01),
-        newborn=newborn,
+        spare=spare,
         jitter=lambda: 1.0,
     )
     try:
@@ -78,14 +78,14 @@ async def test_it_starts_later_after_each_death_until_an_answer_is_complete(mode
 
 
 @pytest.mark.model
-async def test_the_first_life_is_that_of_the_newborn(model_path: Path) -> None:
+async def test_the_first_life_is_that_of_the_spare(model_path: Path) -> None:
     """It was started before anybody knew the model; after its death others are, as ever."""
     life = Life()
-    with newborn() as one:
+    with spare() as one:
         assert one is not None
-        assert one._born is not None
-        first = one._born[0].pid
-        async with kept(model_path, life, newborn=one) as keeper:
+        assert one._spawned is not None
+        first = one._spawned[0].pid
+        async with kept(model_path, life, spare=one) as keeper:
             await keeper.start()
             assert (keeper.pid, one.take()) == (first, None)
             psutil.Process(first).kill()
@@ -94,14 +94,14 @@ async def test_the_first_life_is_that_of_the_newborn(model_path: Path) -> None:
             assert keeper.pid not in (None, first)
 
 
-async def test_a_newborn_that_died_is_said_at_the_start(model_path: Path) -> None:
+async def test_a_spare_that_died_is_said_at_the_start(model_path: Path) -> None:
     """As a process is that dies while it loads; nothing hangs."""
-    with newborn() as one:
+    with spare() as one:
         assert one is not None
-        assert one._born is not None
-        one._born[0].kill()
-        one._born[0].wait()
-        async with kept(model_path, Life(), newborn=one) as keeper:
+        assert one._spawned is not None
+        one._spawned[0].kill()
+        one._spawned[0].wait()
+        async with kept(model_path, Life(), spare=one) as keeper:
             with pytest.raises(UpstreamFailed, match="was ended by SIGKILL while it loaded the model"):
                 await keeper.start()
 

@@ -14,19 +14,19 @@ PACKAGES = Path(__file__).parents[2]
 PASSED_ON = ("LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 PASSED_ON_PREFIXES = ("OMP_", "GOMP_", "KMP_", "GGML_", "VK_", "ROCR_", "HIP_")
 
-Born = tuple["subprocess.Popen[bytes]", socket.socket]
+Spawned = tuple["subprocess.Popen[bytes]", socket.socket]
 """A process and our end of its pipe."""
 
 
-class Newborn:
+class Spare:
     """A process that has not been told anything yet, for whoever takes it first."""
 
     def __init__(self) -> None:
-        self._born: Born | None = born()
+        self._spawned: Spawned | None = spawn()
 
-    def take(self) -> Born | None:
+    def take(self) -> Spawned | None:
         """None if it has been taken. It is the taker's to end."""
-        taken, self._born = self._born, None
+        taken, self._spawned = self._spawned, None
         return taken
 
     def drop(self) -> None:
@@ -36,10 +36,10 @@ class Newborn:
 
 
 @contextmanager
-def newborn() -> Iterator[Newborn | None]:
+def spare() -> Iterator[Spare | None]:
     """For as long as the body runs; None if the system starts none now: it may when one is needed, or say why not."""
     try:
-        one = Newborn()
+        one = Spare()
     except OSError:
         yield None
         return
@@ -49,7 +49,7 @@ def newborn() -> Iterator[Newborn | None]:
         one.drop()
 
 
-def born() -> Born:
+def spawn() -> Spawned:
     """Must run in the thread that lives longest: on Linux the process ends with it. Raises OSError."""
     ours, theirs = socket.socketpair()
     with theirs:
