@@ -31,7 +31,7 @@ DATE = Grammar(syntax="regex", text=r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 @pytest.mark.parametrize("depth", [0, 1])
 async def test_answers_fit_under_preemption_and_beside_free_ones(tiny_model, depth):
     """A small pool preempts, steps run ahead, batches mix grammars and none: each text fits, and is as alone."""
-    sampling = [Sampling(temperature=1.2, seed=seed, max_tokens=100) for seed in range(9)]
+    sampling = [Sampling(temperature=1.2, seed=seed, max_tokens=140) for seed in range(9)]
     asked = [request(f"prompt {at}", one, grammar=(JSON, DATE, None)[at % 3]) for at, one in enumerate(sampling)]
     async with serving_tiny(
         tiny_model, num_blocks=22, block_size=8, model_len=160, max_num_seqs=9, async_depth=depth
