@@ -77,8 +77,10 @@ def _cut(name: str, width: int) -> str:
 
 
 def _until(model: dict[str, Any], now: datetime) -> str:
+    if model["stays"]:
+        return "it is stopped"
     if model["expires_at"] is None:
-        return "its last answer" if model["running"] else "stopped"
+        return "its last answer"
     left = max(0.0, (datetime.fromisoformat(model["expires_at"]) - now).total_seconds())
     return f"{left / 60:.0f} min idle" if left >= 90 else f"{left:.0f} s idle"
 

@@ -90,7 +90,9 @@ class Local:
 
     def loaded(self) -> list[Loaded]:
         card, file = self.card, Path("/nowhere/small.gguf")
-        return [Loaded(card.id, file, "loaded", 2, 1, card.context_length, self.runtime.running, "cpu", None, None)]
+        return [
+            Loaded(card.id, file, "loaded", 2, 1, card.context_length, self.runtime.running, "cpu", None, None, True)
+        ]
 
     async def load(self, name: str) -> None:
         raise UnknownModel(f"{name} is not on this device")

@@ -101,4 +101,5 @@ def _loaded(model: Loaded, device: DeviceReading) -> dict[str, Any]:
         "answer_tokens_per_s": device.tokens_per_s,
         "loaded_at": model.loaded_at.isoformat() if model.loaded_at else None,
         "expires_at": model.expires_at.isoformat() if model.expires_at else None,
+        "stays": model.stays,
     }

@@ -81,7 +81,8 @@ class LoadableBackend(LocalBackend, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model in memory, or on its way there. `size` is estimated, in bytes; `expires_at` None: it stays."""
+    """A model in memory, or on its way there. `size` is estimated, in bytes; `expires_at` None: it works, or it
+    `stays` until it is stopped."""
 
     name: str
     file: Path
@@ -93,6 +94,7 @@ class Loaded:
     processor: str
     loaded_at: datetime | None
     expires_at: datetime | None
+    stays: bool
 
 
 class LocalModels(LocalBackend, Protocol):

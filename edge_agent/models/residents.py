@@ -88,6 +88,7 @@ class Resident:
             processor="cpu",
             loaded_at=self.loaded_at,
             expires_at=None if due is None or not self.idle else today + timedelta(seconds=due - now),
+            stays=due is None,
         )
 
 

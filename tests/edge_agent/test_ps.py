@@ -30,7 +30,7 @@ def told(name: str = "a:1b", **changes: object) -> dict[str, Any]:
     return {
         "name": name, "state": "loaded", "size": 300_000_000, "processor": "cpu", "context_length": 2048, "running": 3,
         "queued": 2, "prompt_tokens_per_s": None, "answer_tokens_per_s": None,
-        "expires_at": (NOW + timedelta(minutes=4)).isoformat(), "predicted": unknown, **changes,
+        "expires_at": (NOW + timedelta(minutes=4)).isoformat(), "stays": False, "predicted": unknown, **changes,
     }  # fmt: skip
 
 
@@ -73,6 +73,12 @@ def test_nothing_measured_is_a_dash() -> None:
     assert before == ["b", *["-"] * 6]
     assert last == ["cloud (away)", *["-"] * 6]
     assert lines(found(loading))[1][1] == "loading"
+
+
+def test_until_when() -> None:
+    """What works has no end yet; what the settings name stays, whether it works or not."""
+    models = (told(expires_at=None), told(expires_at=None, stays=True), told(expires_at=None, stays=True, running=0))
+    assert [line[-1] for line in lines(found(*models))[1:4]] == ["its last answer", "it is stopped", "it is stopped"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

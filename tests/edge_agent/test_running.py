@@ -36,8 +36,8 @@ class Models(Local):
     def loaded(self) -> list[Loaded]:
         file = Path("/nowhere/x.gguf")
         return [
-            Loaded("a:1b", file, "loaded", 300_000_000, 1, 2048, 0, "cpu", NOW, NOW + timedelta(minutes=4)),
-            Loaded("default", file, "loading", 0, 1, 2048, 3, "cpu", None, None),
+            Loaded("a:1b", file, "loaded", 300_000_000, 1, 2048, 0, "cpu", NOW, NOW + timedelta(minutes=4), False),
+            Loaded("default", file, "loading", 0, 1, 2048, 3, "cpu", None, None, True),
         ]
 
     async def stop(self, name: str) -> bool:
